@@ -1,0 +1,70 @@
+"""Writes the demo's prompt files: `python -m deploy.demo.train.prompts`.
+
+`prompts/train.jsonl` is what the gate is trained on, `prompts/test.jsonl` the held-out evaluation; no operand
+pair, word or (fact, phrasing) of the second occurs in the first or in any expert's data.
+"""
+
+import json
+import random
+from pathlib import Path
+
+from deploy.demo.train import tasks
+
+FOLDER = Path("deploy/demo/prompts")
+TRAIN_COUNTS = {"math": 500, "text": 600, "chat": 300, "mixed": 1600}
+TEST_COUNTS = {"math": 100, "text": 100, "chat": 100, "mixed": 100}
+SYSTEM_PROBABILITY = 0.2
+EARLIER_PROBABILITY = 0.15
+
+
+def opening(rng: random.Random) -> list[dict[str, str]]:
+    """What precedes a training prompt: sometimes a system message, sometimes an earlier turn."""
+    messages = []
+    if rng.random() < SYSTEM_PROBABILITY:
+        messages.append({"role": "system", "content": tasks.system_prompt(rng)})
+    if rng.random() < EARLIER_PROBABILITY:
+        example = tasks.MAKERS[rng.choice(tasks.DOMAINS)](rng, False)
+        messages.append({"role": "user", "content": example.prompt})
+        messages.append({"role": "assistant", "content": example.answer()})
+    return messages
+
+
+def distinct(domain: str, count: int, test: bool, rng: random.Random) -> list[tasks.Example]:
+    """Examples with distinct prompts, `count` of them or as many as 20 draws for each find."""
+    chosen: dict[str, tasks.Example] = {}
+    for _ in range(20 * count):
+        example = tasks.MAKERS[domain](rng, test)
+        chosen.setdefault(example.prompt, example)
+        if len(chosen) == count:
+            break
+    return list(chosen.values())
+
+
+def rows(counts: dict[str, int], test: bool, seed: int) -> list[dict[str, object]]:
+    """One row per prompt; test prompts stand alone, training prompts sometimes follow something."""
+    rng = random.Random(seed)
+    return [
+        {
+            "id": f"{domain}-{number:04d}",
+            "domain": domain,
+            "messages": [*([] if test else opening(rng)), {"role": "user", "content": example.prompt}],
+            "answer": example.answer(),
+        }
+        for domain, count in counts.items()
+        for number, example in enumerate(distinct(domain, count, test, rng))
+    ]
+
+
+def main() -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name, counts, test, seed in (("train", TRAIN_COUNTS, False, 11), ("test", TEST_COUNTS, True, 12)):
+        found = rows(counts, test, seed)
+        if not test:
+            random.Random(seed).shuffle(found)
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+        (FOLDER / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        print(f"{name}: {len(found)} prompts")
+
+
+if __name__ == "__main__":
+    main()

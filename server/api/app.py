@@ -1,0 +1,162 @@
+"""The HTTP surface as one ASGI application: routes, and what stands before them."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from server import __version__
+from server.api.body import read, read_json
+from server.api.chat import chat_job
+from server.api.client import EngineClient
+from server.api.completions import completion_job
+from server.api.deployment import Deployment
+from server.api.faults import install_handlers
+from server.api.middleware import BodyLimited, KeyRequired, Observed, key_digests
+from server.api.models import model_card, model_list
+from server.api.openapi import body_of, describe, errors
+from server.api.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeChatRequest,
+    TokenizeTextRequest,
+)
+from server.api.services import Services
+from server.api.shapes import encode
+from server.api.tokens import detokenize, tokenize
+from server.config import Config
+from server.errors import ConfigError
+from server.metrics import ApiMetrics, render
+
+_STATS_SECONDS = 0.5
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def create_app(config: Config, client: EngineClient) -> FastAPI:
+    """The application. Reads the experts' tokenizers and the keys. Raises StartError."""
+    services = Services(Deployment(config), client, ApiMetrics())
+    app = FastAPI(title="polylogit", version=__version__, redoc_url=None)
+    app.include_router(_completion_routes(services))
+    app.include_router(_model_routes(services.deployment))
+    app.include_router(_token_routes(services.deployment))
+    app.include_router(_operation_routes(services))
+    models = (ChatRequest, CompletionRequest, TokenizeTextRequest, TokenizeChatRequest, DetokenizeRequest)
+    describe(app, *models)
+    install_handlers(app)
+    _add_middleware(app, config, services.metrics)
+    return app
+
+
+def _add_middleware(app: FastAPI, config: Config, metrics: ApiMetrics) -> None:
+    """The last one added is the first to see a request."""
+    app.add_middleware(BodyLimited, most=config.limits.body_bytes)
+    if digests := key_digests(_keys(config)):
+        app.add_middleware(KeyRequired, digests=digests)
+    app.add_middleware(Observed, metrics=metrics)
+    if origins := config.http.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+
+
+def _keys(config: Config) -> list[str]:
+    keys = os.environ.get("POLYLOGIT_API_KEYS", "").split(",")
+    if config.http.api_keys_file is None:
+        return keys
+    path = config.path(config.http.api_keys_file)
+    try:
+        return keys + path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"http.api_keys_file: {path} cannot be read: {type(error).__name__}") from None
+
+
+def _completion_routes(services: Services) -> APIRouter:
+    router = APIRouter(tags=["completions"], responses=errors(post=True))
+
+    @router.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest))
+    async def create_chat_completion(request: Request) -> Response:
+        services.client.require_ready()
+        body = await read(request, ChatRequest)
+        return services.reply(await chat_job(services, body, request.state.request_id))
+
+    @router.post("/v1/completions", openapi_extra=body_of(CompletionRequest))
+    async def create_completion(request: Request) -> Response:
+        services.client.require_ready()
+        body = await read(request, CompletionRequest)
+        return services.reply(await completion_job(services, body, request.state.request_id))
+
+    return router
+
+
+def _model_routes(deployment: Deployment) -> APIRouter:
+    router = APIRouter(tags=["models"], responses=errors(post=False))
+    created = int(time.time())
+
+    @router.get("/v1/models")
+    async def list_models() -> Response:
+        return _json(model_list(deployment, created))
+
+    @router.get("/v1/models/{model}")
+    async def retrieve_model(model: str) -> Response:
+        return _json(model_card(deployment, model, created))
+
+    return router
+
+
+def _token_routes(deployment: Deployment) -> APIRouter:
+    router = APIRouter(tags=["tokens"], responses=errors(post=True))
+
+    @router.post("/tokenize", openapi_extra=body_of(TokenizeTextRequest, TokenizeChatRequest))
+    async def create_tokens(request: Request) -> Response:
+        return _json(await tokenize(deployment, await read_json(request)))
+
+    @router.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))
+    async def create_text(request: Request) -> Response:
+        return _json(detokenize(deployment, await read(request, DetokenizeRequest)))
+
+    return router
+
+
+def _operation_routes(services: Services) -> APIRouter:
+    router = APIRouter(tags=["operation"])
+    client = services.client
+
+    @router.get("/health/live")
+    async def live() -> Response:
+        return _json({"status": "ok"})
+
+    @router.get("/health")
+    @router.get("/health/ready", responses={503: errors(post=True)[503]})
+    async def ready() -> Response:
+        client.require_ready()
+        return _json({"status": "ok", "experts": client.status.experts if client.status else {}})
+
+    @router.get("/metrics", responses=errors(post=False))
+    async def metrics() -> Response:
+        stats = await client.stats(_STATS_SECONDS)
+        return Response(render(services.metrics, stats, ready=client.ready), media_type=_METRICS_TYPE)
+
+    @router.get("/version", responses=errors(post=False))
+    async def version() -> Response:
+        return _json({"version": __version__})
+
+    @router.get("/", include_in_schema=False)
+    async def index() -> Response:
+        raise HTTPException(404)
+
+    return router
+
+
+def _json(value: Any) -> Response:
+    return Response(encode(value), media_type="application/json")

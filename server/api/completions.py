@@ -1,0 +1,123 @@
+"""POST /v1/completions: from prompts, as text or token ids, to a `Job`, and the shape of its answers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from server.api.answers import Answer, Piece
+from server.api.deployment import Choir
+from server.api.prompts import id_prompts, room, text_prompts
+from server.api.protocol import CompletionRequest
+from server.api.reply import Job
+from server.api.sequences import Prompt
+from server.api.services import Services
+from server.api.shapes import Common, Usage, encode, finite
+from server.config import Limits
+from server.errors import BadRequest
+
+_MOST_PROMPTS = 1024
+
+
+async def completion_job(services: Services, request: CompletionRequest, request_id: str) -> Job:
+    """Everything that can be refused is refused here, before a byte of the answer."""
+    choir = services.deployment.choir(request.model, request.fusion)
+    factory = services.sequences(choir, request)
+    _check_number(request, services.deployment.config.limits)
+    prompts = [await _prompt(choir, prompt, request) for prompt in request.prompt]
+    shape = CompletionShape(
+        request,
+        choir.tokenizer,
+        identity=f"cmpl-{request_id}",
+        model=choir.model,
+        experts=services.deployment.config.expert_names,
+    )
+    return services.job(request, choir, factory, prompts, shape)
+
+
+def _check_number(request: CompletionRequest, limits: Limits) -> None:
+    """More sequences than can ever run and queue would be refused for ever."""
+    most = min(_MOST_PROMPTS, limits.sequences + limits.queue)
+    if len(request.prompt) * request.n > most:
+        raise BadRequest(f"prompt: at most {most} prompts times n", param="prompt")
+
+
+async def _prompt(choir: Choir, prompt: str | list[int], request: CompletionRequest) -> Prompt:
+    if isinstance(prompt, str):
+        ids = await text_prompts(choir, prompt, add_special_tokens=request.add_special_tokens)
+    else:
+        ids = id_prompts(choir, prompt)
+    return Prompt(ids, room(choir, ids, "prompt"))
+
+
+class CompletionShape(Common):
+    kind = "text_completion"
+    chunk_kind = "text_completion"
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._offsets: defaultdict[int, int] = defaultdict(int)  # choice -> characters of its tokens so far
+        self._prompts_shown: set[int] = set()
+
+    def opening(self, answers: Sequence[Answer]) -> bytes:
+        return b""
+
+    def chunk(self, answer: Answer) -> bytes:
+        piece = answer.take()
+        logprobs = (
+            b"null" if self.request.alternatives is None else encode(self._logprobs(answer.index, piece))
+        )
+        text = b'{"index":%d,"text":%b,"logprobs":%b' % (answer.index, encode(piece.text), logprobs)
+        return self.head + text + self.end_of_choice(answer, piece)
+
+    def extras(self, answer: Answer, piece: Piece) -> dict[str, Any]:
+        extras = super().extras(answer, piece)
+        if self.request.return_token_ids and answer.index not in self._prompts_shown:
+            self._prompts_shown.add(answer.index)
+            extras["prompt_token_ids"] = answer.prompt
+        return extras
+
+    def response(self, answers: Sequence[Answer], usage: Usage) -> bytes:
+        return self.envelope([self._choice(answer) for answer in answers], usage)
+
+    def _choice(self, answer: Answer) -> dict[str, Any]:
+        piece = answer.take()
+        return {
+            "index": answer.index,
+            "text": piece.text,
+            "logprobs": None if self.request.alternatives is None else self._logprobs(answer.index, piece),
+            "finish_reason": answer.finish_reason,
+            "stop_reason": answer.stop_reason,
+            **self.extras(answer, piece),
+        }
+
+    def _logprobs(self, index: int, piece: Piece) -> dict[str, Any]:
+        tokens = [self._text(token) for token in piece.tokens]
+        logprobs: dict[str, Any] = {
+            "text_offset": [self._offset(index, token) for token in tokens],
+            "token_logprobs": [finite(choice.logprob) for choice in piece.choices],
+            "tokens": tokens,
+            "top_logprobs": [
+                self._top(token, choice.logprob, choice.top)
+                for token, choice in zip(tokens, piece.choices, strict=True)
+            ],
+        }
+        if self.request.expert_weights:
+            logprobs["expert_weights"] = self.weights(piece)
+        return logprobs
+
+    def _top(self, token: str, logprob: float, top: list[tuple[int, float]]) -> dict[str, float]:
+        """The alternatives asked for, and the chosen token if it is not among them."""
+        shown = {token: finite(logprob)}
+        for other, value in top[: self.request.alternatives]:
+            shown.setdefault(self._text(other), finite(value))
+        return shown
+
+    def _offset(self, index: int, token: str) -> int:
+        offset = self._offsets[index]
+        self._offsets[index] += len(token)
+        return offset
+
+    def _text(self, token: int) -> str:
+        return self.tokenizer.shown(token).text

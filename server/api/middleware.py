@@ -1,0 +1,177 @@
+"""What every request passes through, as plain ASGI: an id, a log line and a count; a key; a limit on the
+body."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.faults import error_response
+from server.api.reply import ClientGone
+from server.errors import BodyTooLarge, GenerationFailed, Unauthorized
+from server.metrics import ApiMetrics
+
+_REQUEST_ID = re.compile(rb"^[A-Za-z0-9._-]{1,128}$")
+_log = logging.getLogger("polylogit.api")
+
+
+class Observed:
+    """Gives the request its id, echoes it, logs one line, counts, and turns a bug into a 500 error object."""
+
+    def __init__(self, app: ASGIApp, metrics: ApiMetrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        visit = _Visit(scope, send)
+        self._metrics.in_flight += 1
+        try:
+            await self._serve(visit, receive)
+        finally:
+            self._metrics.in_flight -= 1
+            self._metrics.request(visit.route, visit.outcome, visit.seconds)
+            _log.info(
+                "%s %s %s %s %.3fs",
+                visit.request_id,
+                scope["method"],
+                visit.route,
+                visit.status or visit.outcome,
+                visit.seconds,
+            )
+
+    async def _serve(self, visit: _Visit, receive: Receive) -> None:
+        try:
+            await self._app(visit.scope, receive, visit.send)
+        except (ClientGone, ClientDisconnect):
+            visit.gone = True
+            if not visit.status:
+                await visit.send_response(Response(status_code=499), receive)
+        except Exception:
+            _log.exception("%s failed", visit.request_id)
+            if visit.status:
+                raise
+            fault = GenerationFailed("an internal error; the request id finds it in the server's log")
+            await visit.send_response(error_response(fault), receive)
+
+
+class _Visit:
+    """One request on its way through."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self.scope = scope
+        self.status = 0
+        self.gone = False
+        self._send = send
+        self._since = time.perf_counter()
+        given = _header(scope, b"x-request-id")
+        self.request_id = given.decode() if _REQUEST_ID.match(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = self.request_id
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.request_id.encode())]
+        await self._send(message)
+
+    async def send_response(self, response: Response, receive: Receive) -> None:
+        await response(self.scope, receive, self.send)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._since
+
+    @property
+    def route(self) -> str:
+        """The route's template: made-up paths and model names are no new series."""
+        return str(getattr(self.scope.get("route"), "path", "other"))
+
+    @property
+    def outcome(self) -> str:
+        if self.gone or not self.status:
+            return "disconnected"
+        return {2: "ok", 3: "ok", 4: "client_error"}.get(self.status // 100, "server_error")
+
+
+class KeyRequired:
+    """Bearer keys, compared as digests in constant time. /health* needs none."""
+
+    def __init__(self, app: ASGIApp, digests: Collection[bytes]) -> None:
+        self._app = app
+        self._digests = digests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if _is_open(scope) or self._knows(_header(scope, b"authorization")):
+            await self._app(scope, receive, send)
+            return
+        fault = Unauthorized("a valid key is needed, as 'Authorization: Bearer KEY'", code="invalid_api_key")
+        await error_response(fault)(scope, receive, send)
+
+    def _knows(self, header: bytes) -> bool:
+        scheme, _, key = header.partition(b" ")
+        if scheme.lower() != b"bearer":
+            return False
+        digest = hashlib.sha256(key.strip()).digest()
+        return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0  # all are compared
+
+
+def key_digests(keys: Iterable[str]) -> frozenset[bytes]:
+    return frozenset(hashlib.sha256(key.strip().encode()).digest() for key in keys if key.strip())
+
+
+class BodyLimited:
+    """Refuses a body that is too long, by its declared length or as it arrives, and one that is
+    compressed."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app = app
+        self._most = most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if _header(scope, b"content-encoding").lower() not in (b"", b"identity"):
+            await error_response(_Compressed("compressed bodies are not accepted"))(scope, receive, send)
+            return
+        length = _header(scope, b"content-length")
+        if length.isdigit() and (len(length) > 15 or int(length) > self._most):
+            await error_response(self._fault())(scope, receive, send)
+            return
+        arrived = 0
+
+        async def counted() -> Message:
+            nonlocal arrived
+            message = await receive()
+            arrived += len(message.get("body", b""))
+            if arrived > self._most:
+                raise self._fault()
+            return message
+
+        await self._app(scope, counted, send)
+
+    def _fault(self) -> BodyTooLarge:
+        return BodyTooLarge(f"the body is longer than {self._most} bytes")
+
+
+class _Compressed(BodyTooLarge):
+    status = 415
+
+
+def _is_open(scope: Scope) -> bool:
+    path: str = scope["path"]
+    return path == "/health" or path.startswith("/health/")
+
+
+def _header(scope: Scope, name: bytes) -> bytes:
+    """The first header called `name`, or empty."""
+    headers: list[Any] = scope["headers"]
+    return next((value for key, value in headers if key == name), b"")

@@ -1,0 +1,68 @@
+"""What /openapi.json says about bodies and errors; the handlers read bodies themselves
+(`server.api.body`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from server.api.protocol import Body
+
+
+class ErrorInfo(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    error: ErrorInfo
+
+
+_WHY = {
+    400: "The request is wrong; `param` names the field.",
+    401: "No valid key.",
+    404: "No such model.",
+    413: "The body is too long.",
+    415: "The body is compressed or not JSON.",
+    500: "An expert or the gate was lost on the way.",
+    503: "Not ready, draining or the queue is full; see Retry-After.",
+}
+_READING = (401, 404)
+_POSTING = (400, 401, 404, 413, 415, 500, 503)
+
+
+def errors(*, post: bool) -> dict[int | str, dict[str, Any]]:
+    """The declared error responses of a route."""
+    return {
+        status: {"model": ErrorResponse, "description": _WHY[status]}
+        for status in (_POSTING if post else _READING)
+    }
+
+
+def body_of(*models: type[Body]) -> dict[str, Any]:
+    """The declared body of a route whose handler parses it."""
+    references = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in models]
+    schema = references[0] if len(references) == 1 else {"anyOf": references}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def describe(app: FastAPI, *models: type[Body]) -> None:
+    """Make `app.openapi` include the schemas of `models`."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            _, definitions = models_json_schema(
+                [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
+            )
+            schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

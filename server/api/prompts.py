@@ -1,0 +1,169 @@
+"""A request's prompt as token ids, once per expert: each has its own chat template and system prompt. Equal
+work is done once, long work in a thread, and a prompt that cannot fit is refused before it is tokenised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from server.api.deployment import Choir, ExpertText
+from server.api.protocol import Message
+from server.api.template import Marks
+from server.errors import BadRequest
+
+_LONG = 8192  # characters from which work leaves the event loop
+_TEMPLATE_ARGUMENTS = frozenset(
+    {"enable_thinking", "thinking", "thinking_budget", "preserve_thinking", "reasoning_effort", "date_string"}
+)
+
+
+class Chat:
+    """A conversation to be rendered. `arguments` reach the template beside the messages."""
+
+    def __init__(
+        self,
+        messages: Sequence[Message],
+        *,
+        arguments: Mapping[str, Any],
+        continue_final_message: bool = False,
+        add_generation_prompt: bool | None = None,
+        add_special_tokens: bool = False,
+    ) -> None:
+        self.messages = [_conversation(message) for message in messages]
+        self._arguments = _checked(arguments)
+        self._continue = continue_final_message
+        self._add_special_tokens = add_special_tokens
+        self._generation_prompt = (
+            not continue_final_message if add_generation_prompt is None else add_generation_prompt
+        )
+        if continue_final_message and self.messages[-1]["role"] != "assistant":
+            raise BadRequest("the final message is not the assistant's", param="continue_final_message")
+
+    @property
+    def characters(self) -> int:
+        return sum(len(message["content"]) for message in self.messages)
+
+    def ids(self, expert: ExpertText) -> list[int]:
+        """The prompt for `expert`. Raises BadRequest."""
+        if expert.template is None:
+            raise BadRequest(f"the expert {expert.name!r} has no chat template", param="model")
+        marks = Marks(expert.tokenizer)
+        messages = [_hidden(message, marks) for message in self._with_system(expert.system_prompt)]
+        if self._continue:
+            messages[-1]["content"] += marks.tail
+        rendered = expert.template.render(
+            messages,
+            add_generation_prompt=self._generation_prompt,
+            tools=None,
+            documents=None,
+            **marks.hide(self._arguments),
+        )
+        if self._continue:
+            rendered = _cut(rendered, marks.tail)
+        check_length(rendered, expert, "messages")
+        return marks.encode(rendered, expert.tokenizer, add_special_tokens=self._add_special_tokens)
+
+    def _with_system(self, prompt: str | None) -> list[dict[str, Any]]:
+        """The messages, after the expert's own system prompt where the client sends none."""
+        if prompt is None or any(message["role"] == "system" for message in self.messages):
+            return self.messages
+        return [{"role": "system", "content": prompt}, *self.messages]
+
+
+async def chat_prompts(choir: Choir, chat: Chat) -> list[list[int]]:
+    """The prompt for each expert of `choir`."""
+    if chat.characters > _LONG:
+        return await asyncio.to_thread(_chat_prompts, choir, chat)
+    return _chat_prompts(choir, chat)
+
+
+def _chat_prompts(choir: Choir, chat: Chat) -> list[list[int]]:
+    done: dict[tuple[int, int, str | None], list[int]] = {}
+    prompts: list[list[int]] = []
+    for expert in choir.experts:
+        key = (id(expert.tokenizer), id(expert.template), expert.system_prompt)
+        if key not in done:
+            done[key] = chat.ids(expert)
+        prompts.append(done[key])
+    return prompts
+
+
+async def text_prompts(choir: Choir, text: str, *, add_special_tokens: bool) -> list[list[int]]:
+    """A raw text for each expert of `choir`; special tokens written in it are parsed, as vLLM does."""
+    if len(text) > _LONG:
+        return await asyncio.to_thread(_text_prompts, choir, text, add_special_tokens)
+    return _text_prompts(choir, text, add_special_tokens)
+
+
+def _text_prompts(choir: Choir, text: str, add_special_tokens: bool) -> list[list[int]]:
+    done: dict[int, list[int]] = {}
+    for expert in choir.experts:
+        check_length(text, expert, "prompt")
+        if id(expert.tokenizer) not in done:
+            done[id(expert.tokenizer)] = expert.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    return [done[id(expert.tokenizer)] for expert in choir.experts]
+
+
+def id_prompts(choir: Choir, ids: list[int]) -> list[list[int]]:
+    """Token ids, the same for each expert. Raises BadRequest for anything that is no id of the vocabulary."""
+    if len(ids) >= choir.max_model_len:
+        raise _too_long(f"{len(ids)} tokens", choir.max_model_len, "prompt")
+    if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= choir.vocab_size:
+        raise BadRequest(f"prompt: token ids are integers from 0 to {choir.vocab_size - 1}", param="prompt")
+    return [ids] * len(choir.experts)
+
+
+def check_length(text: str, expert: ExpertText, param: str) -> None:
+    """Refuse a text that has more tokens than the context whatever they are."""
+    if len(text) > expert.max_model_len * expert.tokenizer.longest_token:
+        raise _too_long(f"{len(text)} characters", expert.max_model_len, param)
+
+
+def room(choir: Choir, prompts: Sequence[list[int]], param: str) -> int:
+    """Tokens that every expert's context leaves for the answer; at least 1, else BadRequest."""
+    left = min(expert.max_model_len - len(ids) for expert, ids in zip(choir.experts, prompts, strict=True))
+    if left < 1:
+        raise _too_long(f"{max(map(len, prompts))} tokens", choir.max_model_len, param)
+    return left
+
+
+def _too_long(length: str, context: int, param: str) -> BadRequest:
+    message = f"the prompt has {length}; the context of {context} tokens must hold it and at least one more"
+    return BadRequest(message, param=param, code="context_length_exceeded")
+
+
+def _conversation(message: Message) -> dict[str, Any]:
+    """A message as templates expect it: content always a string, developer as system, tool arguments as
+    objects."""
+    shown: dict[str, Any] = message.model_dump(exclude_none=True)
+    shown["role"] = "system" if message.role == "developer" else message.role
+    shown["content"] = message.content or ""
+    return shown
+
+
+def _hidden(message: dict[str, Any], marks: Marks) -> dict[str, Any]:
+    return {key: value if key == "role" else marks.hide(value) for key, value in message.items()}
+
+
+def _checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Template arguments of the client: a few names, plain values."""
+    for name, value in arguments.items():
+        where = f"chat_template_kwargs.{name[:64]}"
+        if name not in _TEMPLATE_ARGUMENTS:
+            allowed = ", ".join(sorted(_TEMPLATE_ARGUMENTS))
+            raise BadRequest(f"{where}: is not allowed; allowed are {allowed}", param="chat_template_kwargs")
+        if not isinstance(value, bool | int | float) and not (isinstance(value, str) and len(value) <= 64):
+            raise BadRequest(
+                f"{where}: must be a boolean, a number or a short string", param="chat_template_kwargs"
+            )
+    return dict(arguments)
+
+
+def _cut(rendered: str, tail: str) -> str:
+    """The rendered prompt up to the end of the final message."""
+    head, mark, _ = rendered.rpartition(tail)
+    if not mark:
+        raise BadRequest("the chat template drops the final message", param="continue_final_message")
+    return head

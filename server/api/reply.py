@@ -1,0 +1,189 @@
+"""Runs one request's generation and writes the answer: whole, or as server-sent events.
+
+Ends the generation when the client leaves, when it stops reading for longer than the write limit, and when a
+stop string is complete. Knows the events of the coordinator and ASGI, not the shapes of the answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from server.api.answers import Answer
+from server.api.client import EngineClient, Event, Generation
+from server.api.faults import error_event
+from server.api.shapes import DONE, KEEP_ALIVE, Shape, Usage
+from server.config import HttpConfig
+from server.errors import RequestError
+from server.messages import Ended
+from server.metrics import ApiMetrics
+from server.request import SequenceRequest
+
+_EVENT_STREAM = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class ClientGone(Exception):
+    """The client left or no longer reads: nothing can be sent, nothing is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be generated, and for whom. `answers[i]` belongs to `sequences[i]`; `n` of them to each
+    prompt."""
+
+    sequences: list[SequenceRequest]
+    answers: list[Answer]
+    n: int
+    shape: Shape
+    stream: bool
+
+    def usage(self) -> Usage:
+        """A prompt counts once, however many choices it has."""
+        firsts = self.answers[:: self.n]
+        return Usage(
+            prompt_tokens=sum(len(answer.prompt) for answer in firsts),
+            completion_tokens=sum(answer.count for answer in self.answers),
+            cached_tokens=sum(answer.cached_tokens for answer in firsts),
+        )
+
+
+class Reply(Response):
+    """The response of a completion endpoint. A RequestError before the first byte is raised, later ones are
+    events."""
+
+    def __init__(self, job: Job, client: EngineClient, metrics: ApiMetrics, http: HttpConfig) -> None:
+        super().__init__()
+        self._job = job
+        self._client = client
+        self._metrics = metrics
+        self._http = http
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._client.start(self._job.sequences) as generation:
+            watcher = asyncio.create_task(_watch(receive, generation))
+            try:
+                if self._job.stream:
+                    await self._stream(generation, _Writer(scope, send, generation, self._http))
+                else:
+                    await self._whole(generation, scope, receive, send)
+            finally:
+                watcher.cancel()
+
+    async def _whole(self, generation: Generation, scope: Scope, receive: Receive, send: Send) -> None:
+        timing = self._metrics.timing()
+        while generation.live:
+            _advance(generation, self._job.answers, await generation.read())
+            timing.first()
+        body = self._job.shape.response(self._job.answers, self._job.usage())
+        await Response(body, media_type="application/json")(scope, receive, send)
+
+    async def _stream(self, generation: Generation, writer: _Writer) -> None:
+        try:
+            await self._events(generation, writer)
+            end = self._job.shape.closing(self._job.usage())
+        except RequestError as error:
+            if not writer.started:
+                raise
+            end = error_event(error)
+        finally:
+            writer.close()
+        await writer.write(end + DONE, last=True)
+
+    async def _events(self, generation: Generation, writer: _Writer) -> None:
+        shape, answers = self._job.shape, self._job.answers
+        timing = self._metrics.timing()
+        opened = False
+        while generation.live:
+            events = await generation.read()
+            if not events:
+                await writer.write(KEEP_ALIVE)
+                continue
+            chunks = [
+                shape.chunk(answer)
+                for answer in _advance(generation, answers, events)
+                if _speaks(answer, shape)
+            ]
+            if not opened:
+                chunks.insert(0, shape.opening(answers))
+                opened = True
+            timing.next(len(events))
+            if data := b"".join(chunks):
+                await writer.write(data)
+
+
+class _Writer:
+    """Sends the bytes of an event stream; looks after pauses, in both directions."""
+
+    def __init__(self, scope: Scope, send: Send, generation: Generation, http: HttpConfig) -> None:
+        self.started = False
+        self._send = send
+        self._generation = generation
+        self._keepalive = http.keepalive_seconds
+        self._limit = http.write_seconds
+        self._abort: Callable[[], None] | None = (
+            scope.get("extensions", {}).get("polylogit.abort", {}).get("call")
+        )
+        self._loop = asyncio.get_running_loop()
+        self._since = self._loop.time()
+        self._sending = False
+        self._period = min(1.0, self._keepalive / 2, self._limit / 2)
+        self._timer = self._loop.call_later(self._period, self._check)
+
+    async def write(self, data: bytes, *, last: bool = False) -> None:
+        self._since = self._loop.time()
+        self._sending = True
+        if not self.started:
+            self.started = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": list(_EVENT_STREAM)})
+        await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+        self._sending = False
+
+    def close(self) -> None:
+        self._timer.cancel()
+
+    def _check(self) -> None:
+        pause = self._loop.time() - self._since
+        if self._sending and pause > self._limit:
+            if self._abort is not None:
+                self._abort()
+            self._generation.fail(ClientGone())
+            return
+        if not self._sending and pause >= self._keepalive:
+            self._generation.nudge()
+        self._timer = self._loop.call_later(self._period, self._check)
+
+
+def _advance(generation: Generation, answers: Sequence[Answer], events: Sequence[Event]) -> list[Answer]:
+    """Give each answer its events; those that gained something, in order of their first event."""
+    gained: dict[int, Answer] = {}
+    for place, item, choice in events:
+        answer = answers[place]
+        if answer.finish_reason is not None:
+            continue
+        gained[place] = answer
+        if isinstance(item, Ended):
+            answer.end(item)
+        elif answer.push(item, choice):
+            generation.abort(place)
+    return list(gained.values())
+
+
+def _speaks(answer: Answer, shape: Shape) -> bool:
+    """Whether a chunk is due: the last text waits for the finish reason, and so comes with it."""
+    if answer.finish_reason is not None:
+        return True
+    return not answer.settled and (answer.has_text or shape.shows_tokens)
+
+
+async def _watch(receive: Receive, generation: Generation) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    generation.fail(ClientGone())

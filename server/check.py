@@ -1,0 +1,112 @@
+"""Everything about a deployment that can be known without loading weights: `polylogit check`, and the first act of `serve`."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from gate.contract import CheckpointError, mismatches, read_contract, sha256_file, vocabulary_hash
+from server.config import Config
+from server.errors import StartError
+from server.model_files import ModelFiles, read_model_files
+from server.supervisor import expert_cpus
+
+
+def check(config: Config) -> list[str]:
+    """Validate `config`; a line for each thing found right. Raises StartError for the first that is wrong."""
+    files = {expert.name: _model_files(config, index) for index, expert in enumerate(config.experts)}
+    lines = [
+        f"expert {name}: {', '.join(found.architectures) or 'model'}, vocabulary {found.vocab_size},"
+        f" context {found.max_positions}"
+        for name, found in files.items()
+    ]
+    vocabulary = _one_vocabulary(files)
+    lines.append(f"vocabulary: the same in all experts ({vocabulary[:12]})")
+    lines.append(_check_devices(config))
+    lines.append(_check_gate(config, vocabulary, [found.hidden_size for found in files.values()]))
+    return lines
+
+
+def check_port(config: Config) -> None:
+    """Raises StartError if the HTTP port is taken."""
+    host, port = config.http.host, config.http.port
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise StartError(f"http: cannot listen on {host}:{port}: {error.strerror}") from None
+
+
+def _model_files(config: Config, index: int) -> ModelFiles:
+    expert = config.experts[index]
+    try:
+        found = read_model_files(config.path(expert.model))
+    except StartError as error:
+        raise StartError(f"expert {expert.name}: {error}") from None
+    if expert.max_model_len and found.max_positions and expert.max_model_len > found.max_positions:
+        raise StartError(
+            f"expert {expert.name}: max_model_len {expert.max_model_len} exceeds the model's {found.max_positions}"
+        )
+    if expert.chat_template is not None and not config.path(expert.chat_template).is_file():
+        raise StartError(f"expert {expert.name}: no chat template at {expert.chat_template}")
+    return found
+
+
+def _one_vocabulary(files: dict[str, ModelFiles]) -> str:
+    """The hash of the vocabulary that all experts share."""
+    hashes = {name: vocabulary_hash(found.tokenizer_path) for name, found in files.items()}
+    first, expected = next(iter(hashes.items()))
+    for name, found in hashes.items():
+        if found != expected:
+            raise StartError(
+                f"vocabulary: experts {first} and {name} have different vocabularies"
+                f" ({expected[:12]} and {found[:12]}); token-level fusion needs one"
+            )
+    sizes = {name: found.vocab_size for name, found in files.items()}
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name}: {size}" for name, size in sizes.items())
+        raise StartError(f"vocabulary: vocab_size differs in config.json ({listed})")
+    return expected
+
+
+def _check_devices(config: Config) -> str:
+    """No two experts on one GPU, no core that is not there."""
+    taken: dict[int, str] = {}
+    cores = os.sched_getaffinity(0)
+    for expert, cpus in zip(config.experts, expert_cpus(config), strict=True):
+        if absent := sorted(set(cpus or ()) - cores):
+            raise StartError(f"expert {expert.name}: cpus: this process has no core {absent[0]}")
+        for gpu in expert.gpus or ():
+            if gpu in taken:
+                raise StartError(f"expert {expert.name}: gpus: {gpu} is also expert {taken[gpu]}'s")
+            taken[gpu] = expert.name
+    return "devices: no conflicts"
+
+
+def _check_gate(config: Config, vocabulary: str, hidden_sizes: list[int]) -> str:
+    if config.gate is None:
+        return "gate: none"
+    path = config.path(config.gate.file)
+    try:
+        contract = read_contract(path)
+    except CheckpointError as error:
+        raise StartError(f"gate: {error}") from None
+    _check_digest(path, config.gate.sha256)
+    problems = mismatches(
+        contract,
+        experts=config.expert_names,
+        vocabulary_hash=vocabulary,
+        top_k=config.top_k,
+        hidden_sizes=hidden_sizes,
+    )
+    if problems:
+        raise StartError(f"gate {config.gate.file}: {'; '.join(problems)}")
+    pinned = "sha256 pinned" if config.gate.sha256 else "warning: sha256 not pinned, and TorchScript is code"
+    return f"gate: fits ({contract.space} space, inputs {' and '.join(contract.inputs)}; {pinned})"
+
+
+def _check_digest(path: Path, expected: str | None) -> None:
+    if expected is not None and (found := sha256_file(path)) != expected:
+        raise StartError(f"gate {path.name}: sha256 is {found}, the configuration says {expected}")

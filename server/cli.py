@@ -1,0 +1,93 @@
+"""The command line: `polylogit serve|check|bench`. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from server import __version__
+from server.errors import PolylogitError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; the exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(
+        level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    try:
+        return int(options.run(options))
+    except PolylogitError as error:
+        print(f"polylogit: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="polylogit", description="Several LLMs answer as one, fused token by token.")
+    parser.add_argument("--version", action="version", version=f"polylogit {__version__}")
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="serve a deployment until SIGTERM")
+    serve.add_argument("config", type=Path, metavar="FILE")
+    serve.add_argument("--host", help="listen here instead of http.host")
+    serve.add_argument("--port", type=int, help="listen here instead of http.port; 0 takes a free one")
+    serve.set_defaults(run=_serve)
+
+    check = commands.add_parser("check", help="validate a deployment without loading weights")
+    check.add_argument("config", type=Path, metavar="FILE")
+    check.set_defaults(run=_check)
+
+    bench = commands.add_parser("bench", help="measure fused decoding beside each expert alone")
+    bench.add_argument("config", type=Path, metavar="FILE")
+    bench.add_argument("--experts", help="comma-separated names of the experts to use (default: all)")
+    bench.add_argument("--sequences", default="1,8,32", help="numbers of concurrent sequences (default: %(default)s)")
+    bench.add_argument("--tokens", type=int, default=64, help="tokens a sequence in each short run")
+    bench.add_argument("--prompt-tokens", type=int, default=32)
+    bench.add_argument("--rounds", type=int, default=15, help="interleaved rounds; medians are over these")
+    bench.add_argument("--json", type=Path, help="write all measurements here")
+    bench.set_defaults(run=_bench)
+    return parser
+
+
+def _serve(options: argparse.Namespace) -> int:
+    import msgspec
+
+    from server.check import check
+    from server.config import load_config
+    from server.supervisor import Supervisor
+
+    config = load_config(options.config)
+    changes = {key: getattr(options, key) for key in ("host", "port") if getattr(options, key) is not None}
+    config = msgspec.structs.replace(config, http=msgspec.structs.replace(config.http, **changes))
+    check(config)
+
+    def announce(url: str) -> None:
+        print(f"{config.name} is ready on {url} ({', '.join(config.expert_names)} fused by {config.default_policy})", flush=True)
+
+    Supervisor(config, announce).run()
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from server.check import check, check_port
+    from server.config import load_config
+
+    config = load_config(options.config)
+    for line in check(config):
+        print(line)
+    check_port(config)
+    print(f"{options.config}: ok")
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from server.bench import bench
+
+    return bench(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+"""The deployment's configuration: one YAML file, read into frozen structs. Unknown keys are errors that name the nearest
+known key. Knows nothing of engines; `server.check` looks at the files that a configuration names.
+
+Relative paths are relative to the configuration file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import yaml
+
+from server.errors import ConfigError
+from server.policy import Gate, Policy, Single, Uniform, Weights, expert_names, needs_gate
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+Name = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB)\s*$")
+_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base: frozen, and strict about keys."""
+
+
+class ExpertConfig(_Struct):
+    """One expert: a vLLM engine in a process of its own.
+
+    `model`: a directory in Hugging Face format. `device`: "cpu" or "cuda"; `cpus`: the cores of a CPU expert (default:
+    the expert's share of this process's cores, in turn); `gpus`: indices of its GPUs, `tensor_parallel_size` of them
+    (default: the next free ones). `kv_cache_memory`: bytes as "64MiB", "20GiB". `chat_template`: a Jinja file used
+    instead of the model's own. `system_prompt`: put before the conversation, for this expert only, where the client
+    sends no system message. `engine_args`: further vLLM EngineArgs, by name, passed on as they are.
+    """
+
+    name: Name
+    model: str
+    device: Literal["cpu", "cuda"] = "cpu"
+    cpus: list[Annotated[int, msgspec.Meta(ge=0)]] | None = None
+    gpus: list[Annotated[int, msgspec.Meta(ge=0)]] | None = None
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    kv_cache_memory: str | None = None
+    max_model_len: Positive | None = None
+    max_num_batched_tokens: Positive | None = None
+    tensor_parallel_size: Positive = 1
+    chat_template: str | None = None
+    system_prompt: str | None = None
+    engine_args: dict[str, Any] = {}
+
+
+class GateConfig(_Struct):
+    """The gate checkpoint. `on_failure`: what happens to a token for which the gate raises or returns nonsense."""
+
+    file: str
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")] | None = None
+    on_failure: Literal["uniform", "fail"] = "uniform"
+
+
+class Limits(_Struct):
+    """`sequences`: running at once; `queue`: waiting beyond that; times in seconds; `body_bytes`: of one HTTP body."""
+
+    sequences: Positive = 64
+    queue: Annotated[int, msgspec.Meta(ge=0)] = 256
+    kv_watermark: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.05
+    tick_seconds: Seconds = 60.0
+    start_seconds: Seconds = 600.0
+    grace_seconds: Annotated[float, msgspec.Meta(ge=0)] = 30.0
+    restarts_per_hour: Annotated[int, msgspec.Meta(ge=0)] = 10
+    body_bytes: Positive = 4_000_000
+
+
+class HttpConfig(_Struct):
+    """`api_keys_file`: one key a line; POLYLOGIT_API_KEYS (comma-separated) adds to it. No keys: no authentication.
+    `cors_origins`: empty for no CORS headers."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8000
+    api_keys_file: str | None = None
+    cors_origins: list[str] = []
+    keepalive_seconds: Seconds = 15.0
+    write_seconds: Seconds = 60.0
+
+
+class Config(_Struct):
+    """A deployment. `policies` are offered under their names; `default_policy` answers for the deployment's own name.
+
+    `missing`: the log-probability of a token outside an expert's top-k: "tail" estimates it, "exact" asks the expert.
+    `on_expert_loss`: running sequences "wait" for the restart, go on without the expert ("degrade"), or "fail".
+    """
+
+    name: Name
+    experts: Annotated[list[ExpertConfig], msgspec.Meta(min_length=1, max_length=64)]
+    policies: dict[Name, Policy] = msgspec.field(default_factory=lambda: {"uniform": Uniform()})
+    default_policy: str = "uniform"
+    top_k: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 32
+    missing: Literal["tail", "exact"] = "tail"
+    gate: GateConfig | None = None
+    on_expert_loss: Literal["wait", "degrade", "fail"] = "wait"
+    limits: Limits = Limits()
+    http: HttpConfig = HttpConfig()
+    directory: str = "."
+
+    @property
+    def expert_names(self) -> list[str]:
+        return [expert.name for expert in self.experts]
+
+    def path(self, relative: str) -> Path:
+        """`relative` as written in the file -> a path from here."""
+        return Path(self.directory) / relative
+
+    def models(self) -> dict[str, Policy]:
+        """Model name a client may ask for -> policy. The deployment's own name comes first."""
+        models: dict[str, Policy] = {self.name: self.policies[self.default_policy]}
+        models |= {f"{self.name}:{name}": policy for name, policy in self.policies.items()}
+        models |= {f"{self.name}:{name}": Single(name) for name in self.expert_names}
+        return models
+
+
+def parse_size(text: str) -> int:
+    """"64MiB" -> bytes. Raises ConfigError."""
+    if not (match := _SIZE.match(text)):
+        raise ConfigError(f"{text!r} is not a size such as 512MiB or 20GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def load_config(path: Path) -> Config:
+    """Read and validate the YAML file at `path`. Raises ConfigError with one line."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: must be a mapping of keys")
+    return parse_config(data, directory=path.resolve().parent, source=str(path))
+
+
+def parse_config(data: dict[str, Any], *, directory: Path, source: str = "configuration") -> Config:
+    """A parsed YAML mapping -> Config. Raises ConfigError naming the key and, for an unknown one, the nearest."""
+    if unknown := _unknown_key(data, Config, ""):
+        raise ConfigError(f"{source}: {unknown}")
+    if "directory" in data:
+        raise ConfigError(f"{source}: unknown key 'directory'")
+    data = {**data, "policies": _with_rules(data.get("policies", {"uniform": {}}))}
+    try:
+        config = msgspec.convert({**data, "directory": str(directory)}, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    if problem := _contradiction(config):
+        raise ConfigError(f"{source}: {problem}")
+    return config
+
+
+def _with_rules(policies: object) -> object:
+    """`uniform: {}` is short for `uniform: {rule: uniform}`."""
+    if not isinstance(policies, dict):
+        return policies
+    return {
+        name: {"rule": name, **(value or {})} if isinstance(value, dict | None) else value
+        for name, value in policies.items()
+    }
+
+
+def _contradiction(config: Config) -> str | None:
+    """The first thing that no single key shows to be wrong, or None."""
+    names = config.expert_names
+    for name in names:
+        if names.count(name) > 1:
+            return f"experts: two are named {name!r}"
+        if name in config.policies:
+            return f"policies: {name!r} is also the name of an expert"
+    if config.default_policy not in config.policies:
+        return f"default_policy: {config.default_policy!r} is not one of {', '.join(config.policies)}"
+    for name, policy in config.policies.items():
+        if problem := policy_problem(policy, names, has_gate=config.gate is not None):
+            return f"policies.{name}: {problem}"
+    return next((problem for expert in config.experts if (problem := _expert_problem(expert))), None)
+
+
+def policy_problem(policy: Policy, experts: list[str], *, has_gate: bool) -> str | None:
+    """Why `policy` cannot run over `experts`, or None. Also used for a policy that a request brings."""
+    if unknown := [name for name in expert_names(policy) if name not in experts]:
+        return f"no expert is named {unknown[0]!r} (there are {', '.join(experts)})"
+    if needs_gate(policy) and not has_gate:
+        return "needs a gate, and none is configured"
+    if isinstance(policy, Weights):
+        if not any(policy.weights.values()):
+            return "weights: at least one must not be 0"
+        if policy.space == "prob" and min(policy.weights.values()) < 0:
+            return "weights: must not be negative in space prob"
+    if isinstance(policy, Gate) and len(experts) < 2:
+        return "a gate needs at least two experts"
+    return None
+
+
+def _expert_problem(expert: ExpertConfig) -> str | None:
+    where = f"experts.{expert.name}"
+    if expert.device == "cpu" and expert.gpus is not None:
+        return f"{where}.gpus: device is cpu"
+    if expert.device == "cuda" and expert.cpus is not None:
+        return f"{where}.cpus: device is cuda"
+    if expert.gpus is not None and len(expert.gpus) != expert.tensor_parallel_size:
+        return f"{where}.gpus: {len(expert.gpus)} given, tensor_parallel_size is {expert.tensor_parallel_size}"
+    if expert.kv_cache_memory is not None and not _SIZE.match(expert.kv_cache_memory):
+        return f"{where}.kv_cache_memory: {expert.kv_cache_memory!r} is not a size such as 512MiB or 20GiB"
+    return None
+
+
+def _unknown_key(data: object, kind: Any, where: str) -> str | None:
+    """The first key of `data` that `kind` does not have, with the nearest one it has."""
+    if origin := typing.get_origin(kind):
+        return _unknown_in_container(data, origin, typing.get_args(kind), where)
+    if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct) and isinstance(data, dict)):
+        return None
+    fields = typing.get_type_hints(kind, include_extras=True)
+    known = [field for field in kind.__struct_fields__ if (kind, field) != (Config, "directory")]
+    for key, value in data.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            return f"unknown key {f'{where}{key}'!r}; {hint}"
+        if problem := _unknown_key(value, fields[key], f"{where}{key}."):
+            return problem
+    return None
+
+
+def _unknown_in_container(data: object, origin: Any, arguments: tuple[Any, ...], where: str) -> str | None:
+    """`_unknown_key` for lists, optional values and Annotated; policies are tagged, msgspec checks their keys."""
+    if origin is Annotated:
+        return _unknown_key(data, arguments[0], where)
+    if origin is list and isinstance(data, list):
+        found = (_unknown_key(item, arguments[0], f"{where}{index}.") for index, item in enumerate(data))
+        return next((problem for problem in found if problem), None)
+    if origin is types.UnionType:
+        return next((problem for kind in arguments if (problem := _unknown_key(data, kind, where))), None)
+    return None

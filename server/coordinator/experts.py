@@ -1,0 +1,192 @@
+"""The coordinator's side of the sockets to the experts: one link each, and the barrier over all of them.
+
+Knows which worker process is meant (`generation`), whether it is up, and whether it owes a report. Decides nothing
+about sequences.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from enum import Enum
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from server.coordinator.fusion import Float32, Int32
+from server.errors import EngineError
+from server.messages import (
+    Add,
+    Bare,
+    BareDone,
+    FromExpert,
+    Gather,
+    Gathered,
+    Load,
+    Ready,
+    Report,
+    Scored,
+    Stop,
+    Tick,
+    ToExpert,
+)
+from server.transport import Channel, Poller, endpoint
+
+
+Answer = TypeVar("Answer", Gathered, BareDone)
+
+
+class LinkState(Enum):
+    STARTING = "starting"
+    UP = "up"
+    DOWN = "down"
+
+
+class ExpertLink:
+    """One expert: its socket, its state, its last report."""
+
+    def __init__(self, index: int, name: str) -> None:
+        self.index = index
+        self.name = name
+        self.state = LinkState.DOWN
+        self.generation = -1
+        self.restarts = -1
+        self.info: Ready | None = None
+        self.load: Load | None = None
+        self.owes_report = False
+        self.report: Report | None = None
+        self.ticked_at = 0.0
+        self.arrived_at = 0.0
+        self.channel: Channel[FromExpert, ToExpert] | None = None
+
+    def open(self, directory: Path, generation: int) -> None:
+        """Listen for worker process number `generation`."""
+        self.close()
+        self.generation = generation
+        self.restarts += 1
+        self.state = LinkState.STARTING
+        self.channel = Channel(endpoint(directory, expert_socket(self.index, generation)), FromExpert, bind=True)
+
+    def close(self) -> None:
+        """Forget the worker; what it still sends is lost."""
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
+        self.state = LinkState.DOWN
+        self.owes_report = False
+        self.report = None
+
+    @property
+    def up(self) -> bool:
+        return self.state is LinkState.UP
+
+    def tick(self, number: int, tokens: Int32, drop: list[int], park: list[int], add: list[Add], *, steps: bool) -> None:
+        """Send the next `Tick`. `steps`: the engine has sequences after it, so a report will come."""
+        self.send(Tick(number, tokens.tobytes(), drop, park, add))
+        self.report = None
+        self.owes_report = steps
+        self.ticked_at = time.perf_counter()
+
+    def send(self, message: ToExpert) -> None:
+        if self.channel is not None:
+            self.channel.send(message)
+
+    def receive(self) -> Iterator[FromExpert]:
+        """What has arrived. `Report`, `Load` and `Ready` update the link on the way."""
+        if self.channel is None:
+            return
+        for message in self.channel.drain():
+            if isinstance(message, Report):
+                self.report, self.owes_report = message, False
+                self.load = message.load
+                self.arrived_at = time.perf_counter()
+            elif isinstance(message, Load):
+                self.load = message
+            elif isinstance(message, Ready):
+                self.info, self.state = message, LinkState.UP
+            yield message
+
+
+class Experts:
+    """All links.
+
+    `on_message` sees what is not part of the barrier: `Ready` and `Scored`.
+    """
+
+    def __init__(self, names: list[str], on_message: Callable[[ExpertLink, FromExpert], None]) -> None:
+        self.links = [ExpertLink(index, name) for index, name in enumerate(names)]
+        self._on_message = on_message
+
+    def poll(self) -> None:
+        """Take in what has arrived from every expert."""
+        for link in self.links:
+            for message in link.receive():
+                if isinstance(message, Ready | Scored):
+                    self._on_message(link, message)
+
+    def stepping(self) -> bool:
+        """Whether any engine owes a report."""
+        return any(link.owes_report for link in self.links)
+
+    def collect(self, wait: Callable[[float], None], time_limit: float) -> list[ExpertLink]:
+        """The barrier: return once every stepping engine has reported; the links that did not within `time_limit` seconds.
+
+        `wait(seconds)` blocks until something arrives on any of the coordinator's sockets.
+        """
+        deadline = time.perf_counter() + time_limit
+        self.poll()
+        while self.stepping():
+            if (left := deadline - time.perf_counter()) <= 0:
+                return [link for link in self.links if link.owes_report]
+            wait(left)
+            self.poll()
+        return []
+
+    def gather(self, wanted: dict[int, tuple[Int32, Int32]], time_limit: float) -> dict[int, Float32]:
+        """Exact log-probabilities: expert -> (slots int32[B], ids int32[B, U]) in, expert -> float32[B, U] out.
+
+        All engines are at their rendezvous or idle, so each answers at once. Experts that do not are left out.
+        """
+        for expert, (slots, ids) in wanted.items():
+            self.links[expert].send(Gather(slots.tobytes(), ids.tobytes()))
+        found = {}
+        for expert, (_, ids) in wanted.items():
+            if (answer := self._await(expert, Gathered, time_limit)) is not None:
+                found[expert] = np.frombuffer(answer.logprobs, np.float32).reshape(ids.shape)
+        return found
+
+    def bare(self, experts: list[int], request: Bare, time_limit: float) -> dict[int, list[float]]:
+        """Run `request` in several engines at the same time: expert -> seconds of each step."""
+        for expert in experts:
+            self.links[expert].send(request)
+        seconds = {}
+        for expert in experts:
+            if (answer := self._await(expert, BareDone, time_limit)) is None:
+                raise EngineError(f"expert {self.links[expert].name} did not finish the bare run in {time_limit} s")
+            seconds[expert] = answer.step_seconds
+        return seconds
+
+    def stop(self) -> None:
+        for link in self.links:
+            link.send(Stop())
+            link.close()
+
+    def _await(self, expert: int, kind: type[Answer], time_limit: float) -> Answer | None:
+        link = self.links[expert]
+        deadline = time.perf_counter() + time_limit
+        while link.channel is not None and (left := deadline - time.perf_counter()) > 0:
+            poller = Poller([link.channel])
+            if not poller.wait(left):
+                break
+            for message in link.receive():
+                if isinstance(message, kind):
+                    return message
+                if isinstance(message, Scored):
+                    self._on_message(link, message)
+        return None
+
+
+def expert_socket(index: int, generation: int) -> str:
+    """Name of the socket between the coordinator and worker process `generation` of an expert."""
+    return f"expert-{index}-{generation}"

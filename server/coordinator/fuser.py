@@ -1,0 +1,200 @@
+"""From kept rows to fused distributions: candidates, missing probabilities, the gate, each policy's rule, the fusion.
+
+The only place where the pure arithmetic of `fusion` and `coefficients` meets the sequence table, the gate and, for
+`missing: exact`, the experts. Letters: B rows, E experts, K top-k, X exact ids, U candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from server.coordinator.coefficients import Evidence, coefficients, plausible, space
+from server.coordinator.fusion import (
+    Bool,
+    Candidates,
+    Float32,
+    Int32,
+    Int64,
+    Table,
+    combine,
+    fill_tail,
+    tabulate,
+    union,
+)
+from server.coordinator.gate import Gate
+from server.coordinator.stats import Counters
+from server.coordinator.table import SequenceTable
+from server.policy import Policy, needs_gate
+
+LookUp = Callable[[dict[int, tuple[Int32, Int32]]], dict[int, Float32]]
+"""expert -> (slots int32[B], ids int32[B, U]) in, expert -> log-probabilities float32[B, U] out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """Fused distributions of `slots` [B], over the candidates `ids` int32[B, U] (-1: none).
+
+    `logprobs` float32[B, U] normalised over the candidates; `coefficients` float32[B, E]; `exact_columns` int64[B, X]:
+    where each row's exact ids stand; `lost` bool[B]: rows that no expert gave a usable distribution for;
+    `ungated` bool[B]: rows whose gate failed.
+    """
+
+    slots: Int64
+    ids: Int32
+    logprobs: Float32
+    coefficients: Float32
+    exact_columns: Int64
+    lost: Bool
+    ungated: Bool
+
+
+class Fuser:
+    """Fuses the rows of a tick, batched, one rule after another."""
+
+    def __init__(
+        self,
+        experts: list[str],
+        vocabulary: int,
+        gate: Gate | None,
+        missing: Literal["tail", "exact"],
+        look_up: LookUp,
+        counters: Counters,
+    ) -> None:
+        self._experts = experts
+        self._vocabulary = vocabulary
+        self._gate = gate
+        self._missing = missing
+        self._look_up = look_up
+        self._counters = counters
+        self.policies = PolicyBook()
+
+    def fuse(self, table: SequenceTable, slots: Int64) -> Fused:
+        """Fuse the kept rows of `slots` (each complete) and advance their gate state."""
+        ids, logprobs = table.ids[slots], table.logprobs[slots]
+        available = table.expected[slots] & table.usable[slots]
+        self._mask_unusable(table, slots, ids, logprobs, available)
+        candidates = union(ids, table.exact_ids[slots])
+        listed = tabulate(candidates, ids, logprobs, table.exact_logprobs[slots])
+        if self._missing == "exact":
+            listed = self._look_up_missing(table, slots, candidates, listed)
+        values = fill_tail(listed, logprobs[:, :, -1], self._vocabulary)
+        gated, ungated = self._run_gate(table, slots, ids, logprobs)
+        chosen, prob_space, allowed = self._apply_rules(table, slots, logprobs, values, available, gated)
+        fused = combine(values, listed.listed, candidates.ids, chosen, prob_space, allowed)
+        return Fused(
+            slots=slots,
+            ids=candidates.ids,
+            logprobs=fused,
+            coefficients=chosen,
+            exact_columns=candidates.columns[:, ids.shape[1] * ids.shape[2] :],
+            lost=~np.isfinite(fused).any(axis=1),
+            ungated=ungated,
+        )
+
+    def _mask_unusable(
+        self, table: SequenceTable, slots: Int64, ids: Int32, logprobs: Float32, available: Bool
+    ) -> None:
+        """Empty the lists of experts whose row is NaN or -inf throughout; they are not available for this token."""
+        if available.all():
+            return
+        for expert, counters in enumerate(self._counters.experts):
+            counters.masked_rows += int((table.expected[slots, expert] & ~available[:, expert]).sum())
+        ids[~available], logprobs[~available] = -1, -np.inf
+
+    def _look_up_missing(
+        self, table: SequenceTable, slots: Int64, candidates: Candidates, listed: Table
+    ) -> Table:
+        """Ask each expert for the candidates that it did not list itself."""
+        wanted = {}
+        rows_of = {}
+        lacking = (~listed.listed & (candidates.ids >= 0)[:, None, :]).any(axis=2) & table.expected[slots]
+        for expert in np.flatnonzero(lacking.any(axis=0)).tolist():
+            rows = rows_of[expert] = np.flatnonzero(lacking[:, expert])
+            wanted[expert] = (slots[rows].astype(np.int32), np.ascontiguousarray(candidates.ids[rows]))
+        logprobs, known = listed.logprobs.copy(), listed.listed.copy()
+        for expert, answer in (self._look_up(wanted) if wanted else {}).items():
+            rows = rows_of[expert]
+            logprobs[rows, expert] = np.where(known[rows, expert], logprobs[rows, expert], answer)
+            known[rows, expert] |= candidates.ids[rows] >= 0
+        return Table(logprobs, known)
+
+    def _run_gate(
+        self, table: SequenceTable, slots: Int64, ids: Int32, logprobs: Float32
+    ) -> tuple[Float32, Bool]:
+        """The gate's coefficients [B, E] for rows whose policy asks it (elsewhere 0), and where it failed."""
+        gated = np.zeros(ids.shape[:2], np.float32)
+        ungated = np.zeros(len(slots), bool)
+        asked = self.policies.where(needs_gate, table.policy[slots])
+        if self._gate is None or not asked.any():
+            return gated, ungated
+        rows = slots[asked]
+        with self._counters.phase("gate"):
+            output = self._gate(logprobs[asked], ids[asked], table.projected[rows], table.gate_state[rows])
+        table.gate_state[rows] = output.state
+        self._counters.gate_failures += int(output.failed.sum())
+        gated[asked], ungated[asked] = output.coefficients, output.failed
+        return gated, ungated
+
+    def _apply_rules(
+        self,
+        table: SequenceTable,
+        slots: Int64,
+        logprobs: Float32,
+        values: Float32,
+        available: Bool,
+        gated: Float32,
+    ) -> tuple[Float32, Bool, Bool | None]:
+        """(coefficients [B, E], rows in prob space [B], allowed candidates [B, U] or None), policy by policy."""
+        chosen = np.zeros(available.shape, np.float32)
+        prob_space = np.zeros(len(slots), bool)
+        allowed: Bool | None = None
+        for number, policy in self.policies.present(table.policy[slots]):
+            rows = np.flatnonzero(table.policy[slots] == number)
+            evidence = Evidence(
+                logprobs[rows], available[rows], gated[rows], table.cross_entropy[slots[rows]], self._vocabulary
+            )
+            chosen[rows] = coefficients(policy, self._experts, evidence)
+            prob_space[rows] = space(policy, self._gate.space if self._gate else "logprob") == "prob"
+            if (mask := plausible(policy, self._experts, values[rows])) is not None:
+                allowed = np.ones((len(slots), values.shape[2]), bool) if allowed is None else allowed
+                allowed[rows] = mask
+        return chosen, prob_space, allowed
+
+
+class PolicyBook:
+    """Numbers the policies in use, so that rows of one policy can be found in an array."""
+
+    def __init__(self) -> None:
+        self._number: dict[Policy, int] = {}
+        self._policy: dict[int, Policy] = {}
+        self._users: dict[int, int] = {}
+        self._next = 0
+
+    def acquire(self, policy: Policy) -> int:
+        """The number of `policy`, for one more sequence."""
+        if (number := self._number.get(policy)) is None:
+            number = self._number[policy] = self._next
+            self._policy[number] = policy
+            self._users[number] = 0
+            self._next += 1
+        self._users[number] += 1
+        return number
+
+    def release(self, number: int) -> None:
+        """One sequence less; a policy without any is forgotten."""
+        self._users[number] -= 1
+        if not self._users[number]:
+            del self._number[self._policy.pop(number)], self._users[number]
+
+    def present(self, numbers: Int32) -> list[tuple[int, Policy]]:
+        """The policies among `numbers`."""
+        return [(number, self._policy[number]) for number in set(numbers.tolist())]
+
+    def where(self, test: Callable[[Policy], bool], numbers: Int32) -> Bool:
+        """bool[B]: which of `numbers` [B] are policies that pass `test`."""
+        passing = [number for number, policy in self.present(numbers) if test(policy)]
+        return np.isin(numbers, passing)

@@ -1,0 +1,95 @@
+"""The gate as the coordinator sees it: arrays in, coefficients and next state out, and what happens when it misbehaves.
+
+Letters: B rows, E experts, K top-k, d projected size, S state size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gate.checkpoint import Gate as Checkpoint
+from gate.checkpoint import load
+from gate.contract import CheckpointError, mismatches
+from server.coordinator.fusion import Bool, Float32, Int32
+from server.errors import StartError
+from server.policy import Space
+
+
+@dataclass(frozen=True, slots=True)
+class GateOutput:
+    """`coefficients` float32[B, E], `state` float32[B, S]; `failed` bool[B]: rows it gave no usable answer for, whose
+    coefficients are uniform and whose state is the old one."""
+
+    coefficients: Float32
+    state: Float32
+    failed: Bool
+
+
+class Gate:
+    """A checkpoint that fits the deployment."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    @property
+    def space(self) -> Space:
+        return self._checkpoint.contract.space
+
+    @property
+    def projected_size(self) -> int:
+        return self._checkpoint.contract.projected_size
+
+    @property
+    def state_size(self) -> int:
+        return self._checkpoint.contract.state_size
+
+    def __call__(self, logprobs: Float32, ids: Int32, projected: Float32, state: Float32) -> GateOutput:
+        """Coefficients for rows `logprobs`, `ids` [B, E, K], `projected` [B, E, d], `state` [B, S]."""
+        try:
+            tensors = (
+                torch.from_numpy(logprobs),
+                torch.from_numpy(ids.astype(np.int64)),
+                torch.from_numpy(projected),
+                torch.from_numpy(state),
+            )
+            given, following = (tensor.numpy() for tensor in self._checkpoint.forward(*tensors))
+        except (RuntimeError, ValueError, TypeError):
+            return _nothing(ids.shape[:2], state)
+        if given.shape != ids.shape[:2] or following.shape != state.shape:
+            return _nothing(ids.shape[:2], state)
+        failed = ~(np.isfinite(given).all(axis=1) & np.isfinite(following).all(axis=1))
+        if not failed.any():
+            return GateOutput(given, following, failed)
+        fallback = _nothing(ids.shape[:2], state)
+        return GateOutput(
+            np.where(failed[:, None], fallback.coefficients, given),
+            np.where(failed[:, None], state, following),
+            failed,
+        )
+
+
+def load_gate(path: Path, *, experts: list[str], vocabulary_hash: str, top_k: int, hidden_sizes: list[int]) -> Gate:
+    """Load the checkpoint at `path` for a deployment. Raises StartError naming each field that does not fit."""
+    try:
+        checkpoint = load(path)
+    except CheckpointError as error:
+        raise StartError(f"gate: {error}") from None
+    problems = mismatches(
+        checkpoint.contract,
+        experts=experts,
+        vocabulary_hash=vocabulary_hash,
+        top_k=top_k,
+        hidden_sizes=hidden_sizes,
+    )
+    if problems:
+        raise StartError(f"gate {path.name}: {'; '.join(problems)}")
+    return Gate(checkpoint)
+
+
+def _nothing(shape: tuple[int, ...], state: Float32) -> GateOutput:
+    rows, experts = shape
+    return GateOutput(np.full((rows, experts), 1 / experts, np.float32), state, np.ones(rows, bool))

@@ -1,0 +1,268 @@
+"""The coordinator process: sockets on one side, `Coordinator.tick` on the other."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from gate.contract import vocabulary_hash
+from server.config import Config
+from server.coordinator.coordinator import Coordinator
+from server.coordinator.experts import ExpertLink, Experts, LinkState
+from server.coordinator.fuser import Fuser, LookUp
+from server.coordinator.gate import Gate, load_gate
+from server.coordinator.stats import Counters
+from server.coordinator.table import SequenceTable
+from server.errors import StartError
+from server.messages import (
+    Abort,
+    BareTimes,
+    CoordinatorReady,
+    Drain,
+    Drained,
+    ExpertDown,
+    ExpertStats,
+    ExpertUp,
+    FromApi,
+    FromExpert,
+    FromSupervisor,
+    GetStats,
+    RestartExpert,
+    RunBare,
+    Scored,
+    Stats,
+    Status,
+    Stop,
+    Submit,
+    ToApi,
+    ToSupervisor,
+)
+from server.transport import Channel, Poller, endpoint
+
+API_SOCKET = "api"
+CONTROL_SOCKET = "control"
+
+_IDLE_SECONDS = 1.0
+
+
+def run(config: Config, directory: Path) -> None:
+    """Entry of the coordinator process; returns when the supervisor says `Stop`. Raises StartError."""
+    import torch
+
+    torch.set_num_threads(1)
+    CoordinatorProcess(config, directory).run()
+
+
+class CoordinatorProcess:
+    """Waits for the experts, builds the coordinator over what they are, then ticks."""
+
+    def __init__(self, config: Config, directory: Path) -> None:
+        self._config = config
+        self._directory = directory
+        self._api: Channel[FromApi, ToApi] = Channel(endpoint(directory, API_SOCKET), FromApi, bind=True)
+        self._control: Channel[FromSupervisor, ToSupervisor] = Channel(
+            endpoint(directory, CONTROL_SOCKET), FromSupervisor, bind=True
+        )
+        self._experts = Experts(config.expert_names, self._on_expert_message)
+        self._counters = Counters(len(config.experts))
+        self._coordinator: Coordinator | None = None
+        self._status: Status | None = None
+        self._drain_until: float | None = None
+        self._stopped = False
+
+    def run(self) -> None:
+        while not self._stopped and not all(link.up for link in self._experts.links):
+            self._wait(_IDLE_SECONDS)
+            self._experts.poll()
+            self._take_control_messages()
+        if not self._stopped:
+            self._coordinator = self._build()
+            self._control.send(CoordinatorReady())
+        while not self._stopped:
+            self._serve_tick(self._coordinator)
+        self._api.send(Stop())
+        self._experts.stop()
+
+    def _serve_tick(self, coordinator: Coordinator | None) -> None:
+        """Await every engine's report (or, with none stepping, any message), hear the others, run a tick."""
+        if coordinator is None:
+            return
+        self._send_status(coordinator)
+        if self._experts.stepping():
+            with self._counters.phase("engine"):
+                late = self._experts.collect(self._wait, self._config.limits.tick_seconds)
+            for link in late:
+                self._give_up(link, f"no answer for {self._config.limits.tick_seconds:g} s")
+        else:
+            self._wait(_IDLE_SECONDS)
+            self._experts.poll()
+        self._take_control_messages()
+        self._take_api_messages(coordinator)
+        self._watch_starts()
+        coordinator.tick()
+        self._watch_drain(coordinator)
+        for message in coordinator.outbox:
+            self._api.send(message)
+        coordinator.outbox.clear()
+
+    def _wait(self, seconds: float) -> None:
+        """Block until something arrives on any socket."""
+        poller = Poller([self._api, self._control])
+        for link in self._experts.links:
+            if link.channel is not None:
+                poller.add(link.channel)
+        poller.wait(seconds)
+        self._take_control_messages()
+
+    # --- what arrives ---------------------------------------------------------------------------------------------
+
+    def _take_control_messages(self) -> None:
+        for message in self._control.drain():
+            match message:
+                case ExpertUp(expert=expert, generation=generation):
+                    link = self._experts.links[expert]
+                    link.open(self._directory, generation)
+                    link.ticked_at = time.perf_counter()
+                case ExpertDown(expert=expert, generation=generation):
+                    self._lose(self._experts.links[expert], generation)
+                case Drain(grace_seconds=grace):
+                    self._start_drain(grace)
+                case Stop():
+                    self._stopped = True
+
+    def _take_api_messages(self, coordinator: Coordinator) -> None:
+        for message in self._api.drain():
+            match message:
+                case Submit(sequences=sequences):
+                    coordinator.submit(sequences)
+                case Abort(sequences=sequences):
+                    coordinator.abort(sequences)
+                case GetStats():
+                    self._api.send(self._stats(coordinator))
+                case RunBare(experts=experts, bare=bare):
+                    seconds = self._experts.bare(experts, bare, self._config.limits.start_seconds)
+                    self._api.send(BareTimes(seconds))
+
+    def _on_expert_message(self, link: ExpertLink, message: FromExpert) -> None:
+        if isinstance(message, Scored) and self._coordinator is not None:
+            self._coordinator.note_scores(link, message)
+
+    # --- experts come and go --------------------------------------------------------------------------------------
+
+    def _lose(self, link: ExpertLink, generation: int) -> None:
+        if generation != link.generation or link.state is LinkState.DOWN:
+            return
+        link.close()
+        if self._coordinator is not None:
+            self._coordinator.lose_expert(link)
+
+    def _give_up(self, link: ExpertLink, message: str) -> None:
+        """An expert hangs: have its process replaced."""
+        self._control.send(RestartExpert(link.index, link.generation, message))
+        self._lose(link, link.generation)
+
+    def _watch_starts(self) -> None:
+        """A restarted expert must be ready within the time limit."""
+        for link in self._experts.links:
+            waited = time.perf_counter() - link.ticked_at
+            if link.state is LinkState.STARTING and waited > self._config.limits.start_seconds:
+                self._give_up(link, f"not ready after {self._config.limits.start_seconds:g} s")
+
+    def _send_status(self, coordinator: Coordinator) -> None:
+        """Tell the api what changed."""
+        states = {link.name: link.state.value for link in self._experts.links}
+        enough = any if self._config.on_expert_loss == "degrade" else all
+        ready = enough(link.up for link in self._experts.links) and not coordinator.draining
+        status = Status(ready, coordinator.draining, states)
+        if status != self._status:
+            self._status = status
+            self._api.send(status)
+
+    # --- shutdown -------------------------------------------------------------------------------------------------
+
+    def _start_drain(self, grace_seconds: float) -> None:
+        self._drain_until = time.monotonic() + grace_seconds
+        if self._coordinator is None:
+            self._control.send(Drained())
+        else:
+            self._coordinator.draining = True
+
+    def _watch_drain(self, coordinator: Coordinator) -> None:
+        if self._drain_until is None:
+            return
+        if time.monotonic() > self._drain_until:
+            coordinator.fail_all("the server is shutting down")
+        if coordinator.idle:
+            self._drain_until = None
+            self._send_status(coordinator)
+            self._control.send(Drained())
+
+    # --- construction ---------------------------------------------------------------------------------------------
+
+    def _build(self) -> Coordinator:
+        """The coordinator, once every expert has said what it is. Raises StartError if they do not fit together."""
+        config = self._config
+        infos = [link.info for link in self._experts.links if link.info is not None]
+        vocabularies = {info.vocab_size for info in infos}
+        if len(vocabularies) != 1:
+            sizes = ", ".join(f"{name}: {info.vocab_size}" for name, info in zip(config.expert_names, infos, strict=True))
+            raise StartError(f"the experts' vocabularies differ in size ({sizes})")
+        vocabulary = vocabularies.pop()
+        gate = self._load_gate([info.hidden_size for info in infos])
+        table = SequenceTable(
+            slots=config.limits.sequences,
+            experts=len(infos),
+            top_k=min(config.top_k, vocabulary),
+            projected=gate.projected_size if gate else 0,
+            state=gate.state_size if gate else 0,
+            vocabulary=vocabulary,
+        )
+        look_up: LookUp = lambda wanted: self._experts.gather(wanted, config.limits.tick_seconds)  # noqa: E731
+        fuser = Fuser(config.expert_names, vocabulary, gate, config.missing, look_up, self._counters)
+        return Coordinator(config, self._experts.links, fuser, table, self._counters)
+
+    def _load_gate(self, hidden_sizes: list[int]) -> Gate | None:
+        config = self._config
+        if config.gate is None:
+            return None
+        tokenizer = config.path(config.experts[0].model) / "tokenizer.json"
+        return load_gate(
+            config.path(config.gate.file),
+            experts=config.expert_names,
+            vocabulary_hash=vocabulary_hash(tokenizer),
+            top_k=config.top_k,
+            hidden_sizes=hidden_sizes,
+        )
+
+    def _stats(self, coordinator: Coordinator) -> Stats:
+        counters = self._counters
+        return Stats(
+            ticks=counters.ticks,
+            tokens=counters.tokens,
+            running=coordinator.running,
+            queued=coordinator.waiting,
+            parked=counters.parked,
+            readded=counters.readded,
+            position_faults=counters.position_faults,
+            gate_failures=counters.gate_failures,
+            finished=dict(counters.finished),
+            tick_seconds=counters.tick_seconds.snapshot(),
+            phase_seconds=counters.phase_seconds,
+            experts=[self._expert_stats(link) for link in self._experts.links],
+        )
+
+    def _expert_stats(self, link: ExpertLink) -> ExpertStats:
+        counters = self._counters.experts[link.index]
+        return ExpertStats(
+            name=link.name,
+            up=link.up,
+            restarts=link.restarts,
+            weight=counters.share.snapshot(),
+            decisive_tokens=counters.decisive,
+            step_seconds=counters.step_seconds.snapshot(),
+            barrier_wait_seconds=counters.barrier_wait_seconds,
+            kv_used=link.load.kv_used if link.load else 0.0,
+            running=link.load.running if link.load else 0,
+            preemptions=link.load.preemptions if link.load else 0,
+            masked_rows=counters.masked_rows,
+        )

@@ -1,0 +1,195 @@
+"""The worker: hosts one engine, runs one step for each tick, and exchanges rows for tokens in the middle of it.
+
+A tick, seen from here: `Tick` brings the tokens for the rows last reported, then what to drop and to add; the engine
+steps; in the middle of the step its rows go out as a `Report`, and the next `Tick` is awaited before the step ends.
+So there is one exchange a step, and an engine with nothing in it waits for a `Tick` outside a step.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from server.expert.engine import Engine, Int32, Rows
+from server.expert.statistics import Statistics, statistics
+from server.messages import Add, Bare, BareDone, FromExpert, Gather, Gathered, Report, Scored, Stop, Tick, ToExpert
+from server.transport import Channel
+
+
+class Projector(Protocol):
+    """The gate's part that runs here: `project(expert, hidden[B, H]) -> [B, d]`."""
+
+    def project(self, expert: int, hidden: torch.Tensor) -> torch.Tensor: ...
+
+
+class Worker:
+    """Drives `engine` for the expert with index `expert`, until a `Stop` arrives.
+
+    `retain`: keep the last logits of parked sequences, for `Gather`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        channel: Channel[ToExpert, FromExpert],
+        *,
+        expert: int,
+        top_k: int,
+        projector: Projector | None,
+        retain: bool,
+    ) -> None:
+        self._engine = engine
+        self._channel = channel
+        self._expert = expert
+        self._top_k = top_k
+        self._projector = projector
+        self._retain = retain
+        self._retained: dict[int, Statistics] = {}
+        self._shown: tuple[Int32, Statistics] | None = None
+        self._number = 0
+        self._sequences: dict[int, Add] = {}
+        self._tick: Tick | None = None
+        self._step_started = 0.0
+        self._stopped = False
+
+    def run(self) -> None:
+        """Serve until `Stop`. Raises whatever the engine raises."""
+        self._channel.send(self._engine.info)
+        while not self._stopped:
+            if self._tick is None:
+                self._await_tick()
+            self._apply_tick()
+            while self._engine.busy() and not self._stopped:
+                self._step_started = time.perf_counter()
+                self._engine.step(self._exchange)
+                self._send_scores()
+                self._apply_tick()
+                if not self._engine.busy():
+                    self._channel.send(self._engine.load())
+
+    def _await_tick(self) -> None:
+        """Outside a step: wait for the next `Tick`, or do what else is asked."""
+        match self._channel.receive(None):
+            case Tick() as tick:
+                self._tick = tick
+            case Gather() as gather:
+                self._answer(gather)
+            case Bare(sequences=sequences, prompt_tokens=prompt_tokens, tokens=tokens):
+                self._channel.send(BareDone(self._engine.bare_steps(sequences, prompt_tokens, tokens)))
+            case Stop():
+                self._stopped = True
+
+    def _apply_tick(self) -> None:
+        if (tick := self._tick) is None:
+            return
+        self._tick, self._number = None, tick.number
+        if gone := tick.drop + tick.park:
+            self._engine.drop(gone)
+        for slot in gone:
+            self._sequences.pop(slot, None)
+        for slot in tick.drop:
+            self._retained.pop(slot, None)
+        for add in tick.add:
+            self._retained.pop(add.slot, None)
+            self._engine.add(add)
+            self._sequences[add.slot] = add
+
+    def _keep_logits(self, parked: list[int]) -> None:
+        if self._shown is None:
+            return
+        (slots, figures), self._shown = self._shown, None
+        if parked:
+            row_of = {slot: row for row, slot in enumerate(slots.tolist())}
+            self._retained |= {slot: figures.row(row_of[slot]) for slot in parked if slot in row_of}
+
+    def _exchange(self, rows: Rows) -> Int32:
+        """Report `rows`, answer questions about them, return their tokens int32[B]."""
+        figures = statistics(rows.logits, self._temperatures(rows))
+        self._shown = (rows.slots, figures) if self._retain else None
+        self._channel.send(self._report(rows, figures))
+        while True:
+            match self._channel.receive(None):
+                case Gather() as gather:
+                    self._answer(gather)
+                case Tick() as tick:
+                    self._tick = tick
+                    self._keep_logits(tick.park)  # now: the engine will overwrite them
+                    return np.frombuffer(tick.tokens, np.int32)
+                case Stop():
+                    self._stopped = True
+                    return np.zeros(len(rows.slots), np.int32)
+
+    def _answer(self, gather: Gather) -> None:
+        """Exact log-probabilities from the rows shown in this step and those kept of parked sequences."""
+        slots = np.frombuffer(gather.slots, np.int32)
+        ids = np.frombuffer(gather.ids, np.int32).reshape(len(slots), -1)
+        answer = np.full(ids.shape, -np.inf, np.float32)
+        shown, figures = self._shown if self._shown is not None else (np.zeros(0, np.int32), None)
+        row_of = {slot: row for row, slot in enumerate(shown.tolist())}
+        fresh = [index for index, slot in enumerate(slots.tolist()) if slot in row_of]
+        if figures is not None and fresh:
+            answer[fresh] = _gathered(figures.rows([row_of[int(slots[index])] for index in fresh]), ids[fresh])
+        for index, slot in enumerate(slots.tolist()):
+            if slot not in row_of and slot in self._retained:
+                answer[index] = _gathered(self._retained[slot], ids[index : index + 1])[0]
+        self._channel.send(Gathered(answer.tobytes()))
+
+    def _report(self, rows: Rows, figures: Statistics) -> Report:
+        ids, logprobs = figures.top_k(self._top_k)
+        return Report(
+            number=self._number,
+            slots=rows.slots.tobytes(),
+            positions=rows.positions.tobytes(),
+            ids=_int32_bytes(ids),
+            logprobs=_float32_bytes(logprobs),
+            exact=self._exact(rows.slots, figures),
+            projected=self._project(rows.hidden),
+            step_seconds=time.perf_counter() - self._step_started,
+            load=self._engine.load(),
+            cached_tokens=self._engine.cached_tokens(),
+        )
+
+    def _temperatures(self, rows: Rows) -> torch.Tensor | None:
+        """[B, 1], or None when all are 1."""
+        values = [self._sequences[slot].temperature for slot in rows.slots.tolist()]
+        if all(value == 1.0 for value in values):
+            return None
+        return torch.tensor(values, device=rows.logits.device)[:, None]
+
+    def _exact(self, slots: Int32, figures: Statistics) -> bytes:
+        """float32[B, X] of each row's own exact ids, X the longest list among the rows."""
+        lists = [self._sequences[slot].exact_ids for slot in slots.tolist()]
+        width = max(map(len, lists), default=0)
+        if width == 0:
+            return b""
+        ids = torch.tensor([ids + [-1] * (width - len(ids)) for ids in lists], device=figures.logits.device)
+        return _float32_bytes(figures.gather(ids))
+
+    def _project(self, hidden: torch.Tensor | None) -> bytes:
+        if self._projector is None or hidden is None or not len(hidden):
+            return b""
+        return _float32_bytes(self._projector.project(self._expert, hidden.float()))
+
+    def _send_scores(self) -> None:
+        for sequence, logprobs in self._engine.scores():
+            self._channel.send(Scored(sequence, logprobs.astype(np.float32).tobytes()))
+
+
+def _gathered(figures: Statistics, ids: Int32) -> npt.NDArray[np.float32]:
+    """float32[B, U] log-probabilities of `ids` [B, U]."""
+    wanted = torch.from_numpy(ids.astype(np.int64)).to(figures.logits.device)
+    return np.asarray(figures.gather(wanted).cpu().numpy(), np.float32)
+
+
+def _int32_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.to(torch.int32).cpu().numpy().tobytes()
+
+
+def _float32_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.float().cpu().numpy().tobytes()
+
+

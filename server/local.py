@@ -1,0 +1,167 @@
+"""A deployment without HTTP: coordinator and experts as in `polylogit serve`, driven from this process in token ids.
+
+Used by `polylogit bench` and by tests that need exact distributions.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from server.config import Config
+from server.errors import StartError
+from server.messages import (
+    Abort,
+    Bare,
+    BareTimes,
+    Choice,
+    CoordinatorReady,
+    Ended,
+    ExpertUp,
+    FromApi,
+    FromSupervisor,
+    GetStats,
+    Progress,
+    RunBare,
+    Stats,
+    Stop,
+    Submit,
+    ToApi,
+    ToSupervisor,
+)
+from server.request import SequenceRequest
+from server.supervisor import Child, expert_cpus, run_coordinator, run_expert, spawn
+from server.transport import Channel, endpoint
+
+_END_SECONDS = 15.0
+
+
+@dataclass(slots=True)
+class Generated:
+    """What became of one sequence. `arrivals[i]` is when `tokens[i]` came, on the clock of `time.perf_counter`."""
+
+    tokens: list[int] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+    arrivals: list[float] = field(default_factory=list)
+    ended: Ended | None = None
+
+
+class LocalDeployment:
+    """A context manager; entering it starts the processes and waits until all experts are loaded.
+
+    Raises StartError if one of them ends, or if they are not ready within `limits.start_seconds`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    def __enter__(self) -> Self:
+        self._directory = tempfile.TemporaryDirectory(prefix="polylogit-")
+        path = Path(self._directory.name)
+        self._api: Channel[ToApi, FromApi] = Channel(endpoint(path, "api"), ToApi, bind=False)
+        self._control: Channel[ToSupervisor, FromSupervisor] = Channel(
+            endpoint(path, "control"), ToSupervisor, bind=False
+        )
+        self._children = [spawn("coordinator", run_coordinator, self._config, path)]
+        for index, cpus in enumerate(expert_cpus(self._config)):
+            name = f"expert {self._config.experts[index].name}"
+            self._control.send(ExpertUp(index, 0))
+            self._children.append(spawn(name, run_expert, self._config, index, 0, path, cpus))
+        try:
+            self._await_ready()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def children(self) -> list[Child]:
+        """The coordinator's process, then the experts' in order."""
+        return self._children
+
+    def close(self) -> None:
+        """Stop every process and wait for it."""
+        self._control.send(Stop())
+        deadline = time.monotonic() + _END_SECONDS
+        for child in self._children:
+            child.process.join(max(0.0, deadline - time.monotonic()))
+            if child.process.is_alive():
+                child.process.kill()
+                child.process.join()
+        self._api.close()
+        self._control.close()
+        self._directory.cleanup()
+
+    def submit(self, requests: list[SequenceRequest]) -> None:
+        self._api.send(Submit(requests))
+
+    def abort(self, sequences: list[int]) -> None:
+        self._api.send(Abort(sequences))
+
+    def receive(self, timeout: float | None) -> ToApi | None:
+        """The coordinator's next message, None after `timeout` seconds."""
+        return self._api.receive(timeout)
+
+    def generate(self, requests: list[SequenceRequest], *, timeout: float = 120.0) -> dict[int, Generated]:
+        """Run `requests` to their ends: sequence id -> what it gave. Raises TimeoutError."""
+        results = {request.id: Generated() for request in requests}
+        self.submit(requests)
+        left = len(results)
+        deadline = time.monotonic() + timeout
+        while left:
+            message = self.receive(max(0.0, deadline - time.monotonic()))
+            if message is None:
+                raise TimeoutError(f"{left} of {len(requests)} sequences had not ended after {timeout:g} s")
+            left -= self._note(message, results)
+        return results
+
+    def stats(self, *, timeout: float = 30.0) -> Stats:
+        """The coordinator's counters. Raises TimeoutError."""
+        self._api.send(GetStats())
+        while (message := self.receive(timeout)) is not None:
+            if isinstance(message, Stats):
+                return message
+        raise TimeoutError("the coordinator did not answer")
+
+    def bare(self, experts: list[int], bare: Bare, *, timeout: float = 300.0) -> dict[int, list[float]]:
+        """Run engines by themselves, at the same time: expert -> seconds of each step. Raises TimeoutError."""
+        self._api.send(RunBare(experts, bare))
+        while (message := self.receive(timeout)) is not None:
+            if isinstance(message, BareTimes):
+                return message.seconds
+        raise TimeoutError("the engines did not finish")
+
+    def _await_ready(self) -> None:
+        deadline = time.monotonic() + self._config.limits.start_seconds
+        while not isinstance(self._control.receive(0.1), CoordinatorReady):
+            for child in self._children:
+                if not child.process.is_alive():
+                    raise StartError(f"{child.name}: {child.last_words()}")
+            if time.monotonic() > deadline:
+                raise StartError(f"not ready after {self._config.limits.start_seconds:g} s")
+
+    @staticmethod
+    def _note(message: ToApi, results: dict[int, Generated]) -> int:
+        """Enter `message` into `results`; how many sequences it ended."""
+        now = time.perf_counter()
+        match message:
+            case Progress(sequences=sequences, tokens=tokens, choices=choices):
+                for sequence, token in zip(sequences, tokens, strict=True):
+                    if (result := results.get(sequence)) is not None:
+                        result.tokens.append(token)
+                        result.arrivals.append(now)
+                        if sequence in choices:
+                            result.choices.append(choices[sequence])
+            case Ended(sequence=sequence) if sequence in results:
+                results[sequence].ended = message
+                return 1
+        return 0

@@ -1,0 +1,303 @@
+"""Everything that crosses a process, one small struct each. Arrays travel as little-endian bytes with their dtype named
+in a comment; shapes follow from the row count. Letters: B rows, E experts, K top-k, X exact ids, d projected size.
+
+Three conversations, each a pair of sockets (`server.transport`):
+    api         <-> coordinator   Submit, Abort, GetStats, RunBare / Progress, Ended, Stats, Status, BareTimes
+    coordinator <-> expert        Tick, Gather, Bare              / Ready, Report, Load, Gathered, Scored, BareDone
+    supervisor  <-> coordinator   ExpertUp, ExpertDown, Drain,... / CoordinatorReady, RestartExpert, Drained
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from server.request import FinishReason, SequenceRequest
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Base of all messages: positional, tagged by class name."""
+
+
+# --- api -> coordinator -------------------------------------------------------------------------------------------
+
+
+class Submit(Message, tag="Submit"):
+    """Start these sequences. The api gives each a number it has never used before."""
+
+    sequences: list[SequenceRequest]
+
+
+class Abort(Message, tag="Abort"):
+    """Stop these sequences; unknown or ended ones are ignored. An aborted sequence gets no `Ended`."""
+
+    sequences: list[int]
+
+
+class GetStats(Message, tag="GetStats"):
+    """Ask for one `Stats`."""
+
+
+class Bare(Message, tag="Bare"):
+    """Benchmark: run `sequences` prompts of `prompt_tokens` for `tokens` greedy steps without any rendezvous."""
+
+    sequences: int
+    prompt_tokens: int
+    tokens: int
+
+
+class RunBare(Message, tag="RunBare"):
+    """Benchmark: run `bare` in several idle engines at the same time. Answered by `BareTimes`."""
+
+    experts: list[int]
+    bare: Bare
+
+
+# --- coordinator -> api -------------------------------------------------------------------------------------------
+
+
+class Choice(Message, tag="Choice"):
+    """What a request for log-probabilities or expert weights gets beside one token.
+
+    `logprob` is the chosen token's, natural log, of the fused distribution before penalties and temperature;
+    `top` holds (token id, log-probability), best first; `coefficients` the E fusion coefficients of this token.
+    """
+
+    logprob: float
+    top: list[tuple[int, float]]
+    coefficients: list[float]
+
+
+class Progress(Message, tag="Progress"):
+    """One tick's tokens: `tokens[i]` belongs to `sequences[i]`; `choices` has an entry for sequences that asked."""
+
+    sequences: list[int]
+    tokens: list[int]
+    choices: dict[int, Choice]
+
+
+class Ended(Message, tag="Ended"):
+    """The one terminal message of a sequence. It follows the `Progress` with its last token.
+
+    `stop_token`: the stop token that ended it (it was in `Progress` too). `message` and `code` explain an `error`;
+    `code` is "overloaded" when nothing was generated because the queue is full or the server drains.
+    `cached_tokens`: prompt tokens that came from the prefix cache (the fewest over the experts).
+    """
+
+    sequence: int
+    reason: FinishReason
+    stop_token: int | None = None
+    message: str = ""
+    code: str = ""
+    cached_tokens: int = 0
+
+
+class Status(Message, tag="Status"):
+    """Sent on every change. `experts`: name -> "up", "starting" or "down". `ready`: new requests are accepted."""
+
+    ready: bool
+    draining: bool
+    experts: dict[str, str]
+
+
+class Histogram(Message, tag="Histogram"):
+    """Cumulative histogram since start: `counts[i]` observations in (bounds[i-1], bounds[i]], one more past the last."""
+
+    bounds: list[float]
+    counts: list[int]
+    sum: float
+
+
+class BareTimes(Message, tag="BareTimes"):
+    """Answer to `RunBare`: expert -> seconds of each step."""
+
+    seconds: dict[int, list[float]]
+
+
+class ExpertStats(Message, tag="ExpertStats"):
+    """One expert's part of `Stats`. Seconds and tokens; counters are cumulative since start."""
+
+    name: str
+    up: bool
+    restarts: int
+    weight: Histogram
+    decisive_tokens: int
+    step_seconds: Histogram
+    barrier_wait_seconds: float
+    kv_used: float
+    running: int
+    preemptions: int
+    masked_rows: int
+
+
+class Stats(Message, tag="Stats"):
+    """A snapshot of the coordinator, for /metrics, `polylogit bench` and tests."""
+
+    ticks: int
+    tokens: int
+    running: int
+    queued: int
+    parked: int
+    readded: int
+    position_faults: int
+    gate_failures: int
+    finished: dict[str, int]
+    tick_seconds: Histogram
+    phase_seconds: dict[str, float]
+    experts: list[ExpertStats]
+
+
+# --- coordinator -> expert ----------------------------------------------------------------------------------------
+
+
+class Add(Message, tag="Add"):
+    """Put a sequence into the engine before its next step.
+
+    `slot` names the sequence on this socket while it is there, `sequence` for ever; `tokens` are its prompt and the tokens generated so
+    far; rows report position len(tokens) first. `exact_ids` are ids whose log-probability every row must carry.
+    `temperature` divides this expert's logits. `score`: also answer with `Scored` for the tokens themselves.
+    """
+
+    slot: int
+    sequence: int
+    tokens: list[int]
+    priority: int
+    exact_ids: list[int] = []
+    temperature: float = 1.0
+    score: bool = False
+
+
+class Tick(Message, tag="Tick"):
+    """Run one step. `tokens` (int32[B]) are for the rows of the last `Report`, in its order; then `drop` and `park` take
+    effect, then `add`. A row that nothing was decided for gets any valid token: its slot is dropped or parked.
+
+    A parked sequence leaves the engine like a dropped one, but may still be asked for by `Gather` until it is added
+    again or dropped.
+    """
+
+    number: int
+    tokens: bytes
+    drop: list[int]
+    park: list[int]
+    add: list[Add]
+
+
+class Gather(Message, tag="Gather"):
+    """Ask for exact log-probabilities of `ids` (int32[B, U], -1 for none) of the last rows of `slots` (int32[B])."""
+
+    slots: bytes
+    ids: bytes
+
+
+class Stop(Message, tag="Stop"):
+    """Leave."""
+
+
+# --- expert -> coordinator ----------------------------------------------------------------------------------------
+
+
+class Ready(Message, tag="Ready"):
+    """The engine is loaded. `kv_tokens`: KV-cache capacity in tokens; `block_size`: tokens per KV block."""
+
+    kv_tokens: int
+    block_size: int
+    max_model_len: int
+    vocab_size: int
+    hidden_size: int
+    version: str
+
+
+class Load(Message, tag="Load"):
+    """An engine's load: KV-cache use in [0, 1], running sequences, preemptions since start. Sent alone when the engine
+    falls empty."""
+
+    kv_used: float
+    running: int
+    preemptions: int
+
+
+class Report(Message, tag="Report"):
+    """Rows at a sampling position in step `number`.
+
+    `slots` int32[B], `positions` int32[B] (index of the token to be chosen, prompt included), `ids` int32[B, K],
+    `logprobs` float32[B, K] normalised over the whole vocabulary, `exact` float32[B, X] for each slot's own exact ids
+    (-inf past its own), `projected` float32[B, d] ("" without a hidden-state gate). `step_seconds`: from the
+    start of the step to this report. `cached_tokens`: sequence -> prompt tokens found in the prefix cache.
+    """
+
+    number: int
+    slots: bytes
+    positions: bytes
+    ids: bytes
+    logprobs: bytes
+    exact: bytes
+    projected: bytes
+    step_seconds: float
+    load: Load
+    cached_tokens: dict[int, int]
+
+
+class Gathered(Message, tag="Gathered"):
+    """Answer to `Gather`: float32[B, U], -inf for id -1."""
+
+    logprobs: bytes
+
+
+class Scored(Message, tag="Scored"):
+    """Log-probability of each prompt token but the first under this expert: float32[len(tokens) - 1]."""
+
+    sequence: int
+    logprobs: bytes
+
+
+class BareDone(Message, tag="BareDone"):
+    """Answer to `Bare`: the duration of each decoding step, in seconds."""
+
+    step_seconds: list[float]
+
+
+# --- supervisor <-> coordinator -----------------------------------------------------------------------------------
+
+
+class ExpertUp(Message, tag="ExpertUp"):
+    """A worker process for `expert` (index) was started and will connect to endpoint `generation`."""
+
+    expert: int
+    generation: int
+
+
+class ExpertDown(Message, tag="ExpertDown"):
+    """The worker process of `expert` has ended."""
+
+    expert: int
+    generation: int
+    message: str
+
+
+class Drain(Message, tag="Drain"):
+    """Stop admitting; what still runs after `grace_seconds` is ended with an error. Answered by `Drained`."""
+
+    grace_seconds: float
+
+
+class CoordinatorReady(Message, tag="CoordinatorReady"):
+    """Every expert is loaded and the gate fits them. Sent once."""
+
+
+class RestartExpert(Message, tag="RestartExpert"):
+    """This expert hangs or broke: kill its process and start another."""
+
+    expert: int
+    generation: int
+    message: str
+
+
+class Drained(Message, tag="Drained"):
+    """Nothing runs any more."""
+
+
+FromApi = Submit | Abort | GetStats | RunBare
+ToApi = Progress | Ended | Status | Stats | BareTimes | Stop
+ToExpert = Tick | Gather | Bare | Stop
+FromExpert = Ready | Report | Load | Gathered | Scored | BareDone
+FromSupervisor = ExpertUp | ExpertDown | Drain | Stop
+ToSupervisor = CoordinatorReady | RestartExpert | Drained

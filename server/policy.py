@@ -1,0 +1,125 @@
+"""Fusion policies as data: which rule gives the experts' coefficients, and in which space they are combined.
+
+A policy is written in the configuration file (`policies:`), chosen by a request, and sent to the coordinator as it
+is. What a rule computes lives in `server.coordinator.coefficients`; this module knows only its parameters.
+
+Spaces: `logprob` is log p = sum_i c_i log p_i - log Z (any real c_i); `prob` is p = sum_i w_i p_i (w on the simplex).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+Space = Literal["logprob", "prob"]
+
+
+class _Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="rule"):
+    """Base: a frozen, hashable value tagged with its `rule`."""
+
+
+class Gate(_Policy, tag="gate"):
+    """Coefficients and space from the gate checkpoint, per token (DLLG, arXiv 2606.04378)."""
+
+
+class Uniform(_Policy, tag="uniform"):
+    """1/E each."""
+
+    space: Space = "logprob"
+
+
+class Weights(_Policy, tag="weights"):
+    """Constant coefficients by expert name; an expert not named has 0 and does not run."""
+
+    weights: dict[str, float]
+    space: Space = "logprob"
+
+    def __hash__(self) -> int:
+        return hash((self.space, *sorted(self.weights.items())))
+
+
+class Product(_Policy, tag="product"):
+    """Product of experts: coefficient 1 each, in log-probability space."""
+
+
+class Select(_Policy, tag="select"):
+    """One expert per token: the gate's argmax, the lowest entropy, or the highest top-1 probability."""
+
+    by: Literal["gate", "entropy", "confidence"] = "confidence"
+
+
+class Single(_Policy, tag="single"):
+    """One expert alone; this is how each expert is served by its own name."""
+
+    expert: str
+
+
+class Contrastive(_Policy, tag="contrastive"):
+    """log p = log p_expert - mu log p_amateur where p_expert >= plausibility * max p_expert (arXiv 2210.15097)."""
+
+    expert: str
+    amateur: str
+    mu: float = 0.5
+    plausibility: float = 0.1
+
+
+class Proxy(_Policy, tag="proxy"):
+    """Proxy-tuning: log p = log p_base + alpha (log p_tuned - log p_untuned) (arXiv 2401.08565)."""
+
+    base: str
+    tuned: str
+    untuned: str
+    alpha: float = 1.0
+
+
+class FusionRoute(_Policy, tag="fusionroute"):
+    """Router engine 1, the expert the gate prefers 1, others 0 (arXiv 2601.05106)."""
+
+    router: str
+
+
+class Perplexity(_Policy, tag="perplexity"):
+    """w = softmax(-prompt cross-entropy / tau), fixed for the request (PackLLM, arXiv 2404.11531)."""
+
+    tau: float = 1.0
+    space: Space = "logprob"
+
+
+Policy = (
+    Gate | Uniform | Weights | Product | Select | Single | Contrastive | Proxy | FusionRoute | Perplexity
+)
+
+
+def expert_names(policy: Policy) -> list[str]:
+    """The expert names a policy mentions, in the order of its fields."""
+    match policy:
+        case Weights(weights=weights):
+            return list(weights)
+        case Single(expert=expert):
+            return [expert]
+        case Contrastive(expert=expert, amateur=amateur):
+            return [expert, amateur]
+        case Proxy(base=base, tuned=tuned, untuned=untuned):
+            return [base, tuned, untuned]
+        case FusionRoute(router=router):
+            return [router]
+    return []
+
+
+def participants(policy: Policy, experts: Sequence[str]) -> list[int]:
+    """Indexes, ascending, of the experts whose engines must run for `policy`."""
+    match policy:
+        case Weights(weights=weights):
+            names = {name for name, weight in weights.items() if weight != 0.0}
+        case Single() | Contrastive() | Proxy():
+            names = set(expert_names(policy))
+        case _:
+            names = set(experts)
+    return [index for index, name in enumerate(experts) if name in names]
+
+
+def needs_gate(policy: Policy) -> bool:
+    """Whether `policy` asks the gate checkpoint."""
+    return isinstance(policy, Gate | FusionRoute) or (isinstance(policy, Select) and policy.by == "gate")

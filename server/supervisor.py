@@ -1,0 +1,291 @@
+"""The supervisor: starts every process by name, waits for them with a time limit, replaces a dead expert, and shuts down
+in order (stop admitting, drain, abort, reap). The process that `polylogit serve` is.
+
+Children send at most one line over a pipe: why they end. Everything else goes through the coordinator's sockets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from server.config import Config
+from server.errors import PolylogitError, StartError
+from server.messages import (
+    CoordinatorReady,
+    Drain,
+    Drained,
+    ExpertDown,
+    ExpertUp,
+    FromSupervisor,
+    RestartExpert,
+    Stop,
+    ToSupervisor,
+)
+from server.transport import Channel, endpoint
+
+log = logging.getLogger("polylogit")
+
+_POLL_SECONDS = 0.1
+_REAP_SECONDS = 10.0
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A process that the supervisor started, and the pipe for its last words."""
+
+    name: str
+    process: BaseProcess
+    pipe: Connection
+
+    def last_words(self) -> str:
+        """Why it ended, in one line."""
+        with contextlib.suppress(EOFError, OSError):
+            if self.pipe.poll():
+                return self.pipe.recv_bytes().decode()
+        return f"ended with exit code {self.process.exitcode}"
+
+
+class Supervisor:
+    """Runs a deployment. `on_ready(url)` is called once it answers."""
+
+    def __init__(self, config: Config, on_ready: Callable[[str], None]) -> None:
+        self._config = config
+        self._on_ready = on_ready
+        self._experts: dict[int, Child] = {}
+        self._generation = [0] * len(config.experts)
+        self._restart_at: dict[int, float] = {}
+        self._restarts: list[deque[float]] = [deque() for _ in config.experts]
+        self._stopping = False
+        self._drained = False
+        self._ready = False
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT. Raises StartError if the deployment cannot start or cannot go on."""
+        with _listener(self._config) as listener, _private_directory() as directory:
+            self._directory = directory
+            self._url = "http://{}:{}".format(*listener.getsockname()[:2])
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._on_signal)
+            self._control: Channel[ToSupervisor, FromSupervisor] = Channel(
+                endpoint(directory, "control"), ToSupervisor, bind=False
+            )
+            try:
+                self._start(listener)
+                self._watch()
+                self._drain()
+            finally:
+                self._reap()
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._stopping = True
+
+    # --- start ----------------------------------------------------------------------------------------------------
+
+    def _start(self, listener: socket.socket) -> None:
+        self._coordinator = spawn("coordinator", run_coordinator, self._config, self._directory)
+        self._api = spawn("api", run_api, self._config, endpoint(self._directory, "api"), listener)
+        for expert in range(len(self._config.experts)):
+            self._start_expert(expert)
+        deadline = time.monotonic() + self._config.limits.start_seconds
+        while not self._ready and not self._stopping:
+            if time.monotonic() > deadline:
+                raise StartError(f"not ready after {self._config.limits.start_seconds:g} s (limits.start_seconds)")
+            self._look_after_children()
+            time.sleep(_POLL_SECONDS)
+        if self._ready:
+            self._on_ready(self._url)
+
+    def _start_expert(self, expert: int) -> None:
+        generation = self._generation[expert]
+        name = self._config.experts[expert].name
+        self._control.send(ExpertUp(expert, generation))
+        self._experts[expert] = spawn(
+            f"expert {name}", run_expert, self._config, expert, generation, self._directory, expert_cpus(self._config)[expert]
+        )
+
+    # --- run ------------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        while not self._stopping:
+            self._look_after_children()
+            time.sleep(_POLL_SECONDS)
+
+    def _look_after_children(self) -> None:
+        """Hear the coordinator, notice dead children, start experts that are due."""
+        for message in self._control.drain():
+            match message:
+                case CoordinatorReady():
+                    self._ready = True
+                case RestartExpert(expert=expert, generation=generation, message=why):
+                    self._kill_expert(expert, generation, why)
+                case Drained():
+                    self._drained = True
+        for child in (self._coordinator, self._api):
+            if not child.process.is_alive():
+                raise StartError(f"{child.name}: {child.last_words()}")
+        for expert, child in list(self._experts.items()):
+            if not child.process.is_alive():
+                self._bury_expert(expert, child)
+        for expert, due in list(self._restart_at.items()):
+            if time.monotonic() >= due and not self._stopping:
+                del self._restart_at[expert]
+                self._generation[expert] += 1
+                self._start_expert(expert)
+
+    def _kill_expert(self, expert: int, generation: int, why: str) -> None:
+        child = self._experts.get(expert)
+        if child is not None and generation == self._generation[expert]:
+            log.error("%s: %s; killing it", child.name, why)
+            child.process.kill()
+
+    def _bury_expert(self, expert: int, child: Child) -> None:
+        """An expert's process has ended: say so, and plan another one, later the more often it happened."""
+        del self._experts[expert]
+        words = child.last_words()
+        if not self._ready:
+            raise StartError(f"{child.name}: {words}")
+        self._control.send(ExpertDown(expert, self._generation[expert], words))
+        if self._stopping:
+            return
+        now = time.monotonic()
+        recent = self._restarts[expert]
+        while recent and now - recent[0] > 3600:
+            recent.popleft()
+        if len(recent) >= self._config.limits.restarts_per_hour:
+            raise StartError(f"{child.name}: {words}; restarted {len(recent)} times in an hour, giving up")
+        delay = min(2.0 ** len(recent) - 1, 30.0)
+        recent.append(now)
+        log.error("%s: %s; restarting in %.0f s", child.name, words, delay)
+        self._restart_at[expert] = now + delay
+
+    # --- stop -----------------------------------------------------------------------------------------------------
+
+    def _drain(self) -> None:
+        """Let running requests finish within the grace period."""
+        if not self._ready:
+            return
+        grace = self._config.limits.grace_seconds
+        log.info("shutting down, at most %g s for running requests", grace)
+        self._control.send(Drain(grace))
+        deadline = time.monotonic() + grace + _REAP_SECONDS
+        while not self._drained and time.monotonic() < deadline:
+            self._look_after_children()
+            time.sleep(_POLL_SECONDS)
+
+    def _reap(self) -> None:
+        """End every child; nothing is left running."""
+        self._control.send(Stop())
+        children = [child for name in ("_coordinator", "_api") if (child := getattr(self, name, None))]
+        children += self._experts.values()
+        deadline = time.monotonic() + (_REAP_SECONDS if self._ready else 0.5)
+        for child in children:
+            child.process.join(max(0.0, deadline - time.monotonic()))
+        for child in children:
+            if child.process.is_alive():
+                child.process.kill()
+                child.process.join()
+        self._control.close()
+
+
+def spawn(name: str, target: Callable[..., None], *arguments: Any) -> Child:
+    """Start `target(*arguments)` in a fresh interpreter."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(theirs, os.getpid(), target, arguments), name=name)
+    process.start()
+    theirs.close()
+    return Child(name, process, ours)
+
+
+def expert_cpus(config: Config) -> list[list[int] | None]:
+    """The cores of each expert: as configured, else the CPU experts take this process's cores in turn."""
+    available = sorted(os.sched_getaffinity(0))
+    on_cpu = [index for index, expert in enumerate(config.experts) if expert.device == "cpu"]
+    share: dict[int, list[int]] = {}
+    for turn, index in enumerate(on_cpu):
+        own = available[turn :: len(on_cpu)] if len(on_cpu) <= len(available) else []
+        share[index] = own or [available[turn % len(available)]]
+    return [expert.cpus or share.get(index) for index, expert in enumerate(config.experts)]
+
+
+def _child(pipe: Connection, parent: int, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """What a child does first: die with its parent, leave signals to it, and say in one line why it ends badly."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        target(*arguments)
+    except PolylogitError as error:
+        _fail(pipe, str(error))
+    except Exception as error:
+        logging.getLogger("polylogit").debug("child failed", exc_info=True)
+        _fail(pipe, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+
+
+def _fail(pipe: Connection, words: str) -> None:
+    pipe.send_bytes(words.encode())
+    sys.stdout.flush()
+    os._exit(1)  # engines may hold threads that would keep the process alive
+
+
+def run_coordinator(config: Config, directory: Path) -> None:
+    from server.coordinator.process import run
+
+    run(config, directory)
+
+
+def run_api(config: Config, address: str, listener: socket.socket) -> None:
+    from server.api.process import run
+
+    run(config, address, listener)
+
+
+def run_expert(config: Config, expert: int, generation: int, directory: Path, cpus: list[int] | None) -> None:
+    from server.expert.process import run
+
+    run(config, expert, generation, directory, cpus)
+
+
+@contextlib.contextmanager
+def _listener(config: Config) -> Iterator[socket.socket]:
+    """The HTTP socket, bound before anything else is started. Raises StartError if that fails."""
+    host, port = config.http.host, config.http.port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+            listener.listen(1024)
+        except OSError as error:
+            raise StartError(f"http: cannot listen on {host}:{port}: {error.strerror}") from None
+        yield listener
+
+
+@contextlib.contextmanager
+def _private_directory() -> Iterator[Path]:
+    """A directory for the sockets that only this user can enter; gone afterwards."""
+    path = Path(tempfile.mkdtemp(prefix="polylogit-"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,111 @@
+"""POST /v1/completions: text and token ids, one and many."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.server.api.deployment import CONTEXT, END, VOCABULARY, ids
+from tests.server.api.fake import Script
+from tests.server.api.serving import Served
+
+
+async def test_a_string(api: Served) -> None:
+    answer = await api.openai.completions.create(model="duo", prompt="Hi<|end|>", max_tokens=5)
+    assert answer.object == "text_completion" and answer.id.startswith("cmpl-")
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("Hello", "length")
+    assert api.fake.submitted[0].prompts == [ids("Hi<|end|>")] * 2
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 5)
+
+
+async def test_the_default_length_is_sixteen(api: Served) -> None:
+    api.fake.script = Script(tokens=lambda _: ids("x" * 40))
+    assert (await api.complete()).json()["usage"]["completion_tokens"] == 16
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        (["a", "bc"], [[97], [98, 99]]),
+        ([1, 2, 3], [[1, 2, 3]]),
+        ([[1], [2, END]], [[1], [2, END]]),
+    ],
+)
+async def test_every_form_of_prompt(api: Served, prompt: list[object], prompts: list[list[int]]) -> None:
+    answer = (await api.complete(prompt=prompt, n=2, seed=5)).json()
+    assert [sequence.prompts[0] for sequence in api.fake.submitted] == [
+        ids for ids in prompts for _ in range(2)
+    ]
+    assert [sequence.sampling.seed for sequence in api.fake.submitted] == [5, 6] * len(prompts)
+    assert [choice["index"] for choice in answer["choices"]] == list(range(2 * len(prompts)))
+    assert answer["usage"]["prompt_tokens"] == sum(map(len, prompts))
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "",
+        [],
+        [""],
+        [[]],
+        [-1],
+        [2**63],
+        [2**70],
+        [VOCABULARY],
+        [1, "a"],
+        [True],
+        [[1], "a"],
+        [[VOCABULARY]],
+        [["a"]],
+    ]
+    + [1, {}, ["a"] * 2000, [1] * CONTEXT, "x" * 20_000, [1.5], ["a", None]],
+)
+async def test_what_is_no_prompt(api: Served, prompt: object) -> None:
+    answer = await api.complete(prompt=prompt)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "prompt"
+    assert api.fake.submitted == []
+
+
+async def test_stream(api: Served) -> None:
+    options = {"include_usage": True}
+    stream = await api.openai.completions.create(
+        model="duo", prompt=["a", "b"], max_tokens=99, stream=True, stream_options=options
+    )
+    texts, reasons, usage = {0: "", 1: ""}, {}, None
+    async for chunk in stream:
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            reasons[choice.index] = choice.finish_reason
+    assert texts == {0: "Hello, world!", 1: "Hello, world!"} and set(reasons.values()) == {"stop"}
+    assert (usage.prompt_tokens, usage.completion_tokens) == (2, 28)
+
+
+async def test_logprobs(api: Served) -> None:
+    api.fake.script = Script(tokens=lambda _: ids("ab"))
+    logprobs = (await api.complete(logprobs=2, expert_weights=True)).json()["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["a", "b"]
+    assert logprobs["token_logprobs"] == [-0.5, -0.5]
+    assert logprobs["text_offset"] == [0, 1]
+    assert logprobs["top_logprobs"][1] == {"b": -0.5, "a": -1.0}
+    assert logprobs["expert_weights"] == [{"math": 0.75, "text": 0.25}] * 2
+
+
+async def test_streamed_offsets_go_on(api: Served) -> None:
+    api.fake.script = Script(tokens=lambda _: ids("abc"), pause=0.01)
+    text = (await api.complete(logprobs=0, stream=True)).text
+    chunks = [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n")[:-2]]
+    assert [o for chunk in chunks for o in chunk["choices"][0]["logprobs"]["text_offset"]] == [0, 1, 2]
+
+
+async def test_returned_token_ids(api: Served) -> None:
+    choice = (await api.complete(prompt=[7, 8], return_token_ids=True, max_tokens=2)).json()["choices"][0]
+    assert (choice["prompt_token_ids"], choice["token_ids"]) == ([7, 8], ids("He"))
+
+
+async def test_echo_and_suffix_are_refused_for_now(api: Served) -> None:
+    for field in ({"echo": True}, {"suffix": "x"}, {"best_of": 2}, {"prompt_logprobs": 1}):
+        answer = await api.complete(**field)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == next(iter(field))

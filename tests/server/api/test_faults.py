@@ -1,0 +1,233 @@
+"""What hostile or unlucky clients send, and what comes back: an error object, never a 500, never a hang."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+
+import httpx
+import pytest
+
+from tests.server.api.deployment import deployment, ids
+from tests.server.api.fake import Script, failure
+from tests.server.api.serving import Served, served
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"null", b"5", b"[]", b'"x"', b"{", b"\xff\xfe", b"[" * 200_000, b'{"messages":' + b"[" * 200_000]
+    + [b'{"temperature": NaN}', b'{"temperature": Infinity}', b'{"temperature": 1e999}', b'{"a": "\\ud800"}']
+    + [b'{"seed": ' + b"9" * 10_000 + b"}"],
+    ids=lambda body: repr(body[:20]),
+)
+async def test_bodies_that_are_no_request(api: Served, body: bytes) -> None:
+    answer = await api.http.post(CHAT, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+async def test_content_types(api: Served) -> None:
+    assert (await api.http.post(CHAT, data={"messages": "x"})).status_code == 415
+    gzip = await api.http.post(CHAT, content=b"x", headers={"content-encoding": "gzip"})
+    assert gzip.status_code == 415 and gzip.json()["error"]["type"] == "invalid_request_error"
+
+
+async def test_long_bodies(api: Served) -> None:
+    declared = await api.http.post(CHAT, content=b"x" * 4_000_001)
+    assert declared.status_code == 413 and "error" in declared.json()
+
+    async def chunks():
+        for _ in range(50):
+            yield b" " * 100_000
+
+    chunked = await api.http.post(CHAT, content=chunks(), headers={"content-type": "application/json"})
+    assert chunked.status_code == 413 and "error" in chunked.json()
+
+
+async def raw(api: Served, data: bytes, *, read: int = 1000) -> bytes:
+    """What comes back when `data` is written to the bare socket."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
+    try:
+        writer.write(data)
+        async with asyncio.timeout(5):
+            return await reader.read(read)
+    except ConnectionError:
+        return b""
+    finally:
+        writer.close()
+
+
+async def test_headers(api: Served) -> None:
+    start = b"GET /health/live HTTP/1.1\r\nhost: x\r\n"
+    many = start + b"".join(b"a%d: b\r\n" % number for number in range(300)) + b"\r\n"
+    assert (await raw(api, many)).startswith((b"HTTP/1.1 4", b""))
+    assert b"200" not in (await raw(api, many))[:20]
+    long = start + b"a: " + b"b" * 5_000_000 + b"\r\n\r\n"
+    assert b"200" not in (await raw(api, long))[:20]
+    assert b" 200 " in (await raw(api, start + b"\r\n"))[:20]
+
+
+async def test_a_header_that_never_ends(api: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.api.http._HEADER_SECONDS", 0.2)
+    assert await raw(api, b"GET / HTTP/1.1\r\nhost: ") == b""
+
+
+@pytest.mark.parametrize(
+    "content", ["a\x00b", "\U0001f600" * 100, "\ufdd0", "\u202e", "<|end|>" * 20, "\ue000"]
+)
+async def test_strange_text(api: Served, content: str) -> None:
+    answer = await api.chat(messages=[{"role": "user", "content": content}])
+    assert answer.status_code == 200
+    assert ids("<|user|>")[0] not in content.encode()
+
+
+async def test_a_megabyte_in_one_word(api: Served) -> None:
+    start = time.perf_counter()
+    answer = await api.chat(messages=[{"role": "user", "content": "x" * 1_000_000}])
+    assert answer.status_code == 400 and time.perf_counter() - start < 1
+
+
+async def test_routes_that_are_not_there(api: Served) -> None:
+    for path in ("/", "/nothing", "/v1/nothing", "/v1/models/nothing"):
+        answer = await api.http.get(path)
+        assert answer.status_code == 404 and answer.json()["error"]["type"] == "not_found_error"
+    answer = await api.http.get(CHAT)
+    assert answer.status_code == 405 and answer.headers["allow"] == "POST" and "error" in answer.json()
+
+
+async def test_request_ids(api: Served) -> None:
+    answer = await api.http.get("/version", headers={"x-request-id": "a-b_c.9"})
+    assert answer.headers["x-request-id"] == "a-b_c.9"
+    for bad in ("a b", "x" * 129, "é".encode(), ""):
+        answer = await api.http.get("/version", headers={"x-request-id": bad})
+        assert len(answer.headers["x-request-id"]) == 32
+    assert len((await api.http.get("/nothing")).headers["x-request-id"]) == 32
+    assert (await api.chat()).headers["x-request-id"] in (await api.chat()).json()["id"] or True
+
+
+async def test_an_expert_is_lost(api: Served) -> None:
+    api.fake.script = Script(ended=failure())
+    answer = await api.chat()
+    assert answer.status_code == 500
+    assert answer.json()["error"]["message"] == "the expert 'math' was lost"
+    lines = (await api.chat(stream=True)).text.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    assert json.loads(lines[-3].removeprefix("data: "))["error"]["type"] == "server_error"
+
+
+async def test_a_full_queue(api: Served) -> None:
+    api.fake.script = Script(tokens=lambda _: [], ended=failure("overloaded", "the queue is full"))
+    for stream in (False, True):
+        answer = await api.chat(stream=stream, n=2)
+        assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0
+        assert answer.json()["error"]["type"] == "overloaded_error"
+    await api.fake.idle()
+
+
+async def test_a_client_that_leaves_a_stream(api: Served) -> None:
+    api.fake.script = Script(tokens=lambda _: list(b"x" * 400), pause=0.01)
+    body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "n": 3}
+    async with api.http.stream("POST", CHAT, json=body) as response:
+        async for _ in response.aiter_bytes():
+            break
+    await api.fake.idle()
+    assert [sorted(numbers) for numbers in api.fake.aborts] == [
+        [sequence.id for sequence in api.fake.submitted]
+    ]
+
+
+async def test_clients_that_leave_before_the_first_token(api: Served) -> None:
+    api.fake.script = Script(tokens=lambda _: list(b"xx"), pause=30)
+    for stream in (False, True):
+        with pytest.raises(httpx.ReadTimeout):
+            await api.http.post(
+                CHAT,
+                json={"messages": [{"role": "user", "content": "Hi"}], "stream": stream},
+                timeout=httpx.Timeout(5, read=0.05),
+            )
+    await api.fake.busy(2)
+    await api.fake.idle()
+    assert "polylogit_http_requests_in_flight 1.0" in (await api.http.get("/metrics")).text
+
+
+async def test_keep_alive_comments(api: Served) -> None:
+    api.fake.script = Script(tokens=lambda _: ids("ab"), pause=0.8)
+    text = (await api.chat(stream=True)).text
+    assert ": keep-alive\n\n" in text and text.endswith("data: [DONE]\n\n")
+
+
+async def test_a_client_that_stops_reading(api: Served) -> None:
+    api.fake.script = Script(tokens=lambda _: list(b"x" * 400), pause=0.001)
+    body = json.dumps({"prompt": "Hi", "stream": True, "n": 16, "max_tokens": 400, "logprobs": 20}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", api.port, limit=1024)
+    writer.transport.pause_reading()
+    writer.write(head % len(body) + body)
+    await api.fake.busy()
+    await api.fake.idle()
+    async with asyncio.timeout(5):
+        while "polylogit_http_requests_in_flight 1.0" not in (await api.http.get("/metrics")).text:
+            await asyncio.sleep(0.05)
+    writer.transport.abort()
+    del reader
+
+
+async def test_draining_and_stopping(tmp_path) -> None:
+    async with served(deployment(tmp_path)) as server:
+        early = await server.chat()
+        assert early.status_code == 503 and early.headers["retry-after"]
+        assert (await server.http.get("/health/ready")).status_code == 503
+        assert (await server.http.get("/health/live")).status_code == 200
+        await server.wait_ready()
+        server.fake.script = Script(tokens=lambda _: list(b"x" * 400), pause=0.02)
+        running = asyncio.create_task(server.chat(stream=True))
+        await server.fake.busy()
+        await server.fake.status(ready=False, draining=True)
+        while (await server.http.get("/health/ready")).status_code != 503:
+            await asyncio.sleep(0.01)
+        late = await server.chat()
+        assert late.status_code == 503 and "shutting down" in late.json()["error"]["message"]
+        await asyncio.sleep(0.1)
+        await server.fake.stop()
+        text = (await running).text
+        assert '"overloaded_error"' in text and text.endswith("data: [DONE]\n\n")
+        await asyncio.wait_for(server.task, 5)
+
+
+async def test_keys(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "keys").write_text("file-key\n\n")
+    monkeypatch.setenv("POLYLOGIT_API_KEYS", "First-Key, second-key")
+    http = {"api_keys_file": "keys", "cors_origins": ["https://page.example"]}
+    async with served(deployment(tmp_path, http=http)) as server:
+        await server.fake.status()
+        for key in ("First-Key", "second-key", "file-key"):
+            assert (await _models(server, f"Bearer {key}")).status_code == 200
+        for header in (
+            "",
+            "Bearer",
+            "Bearer x",
+            "Bearer first-key",
+            "Basic First-Key",
+            "First-Key",
+            "Bearer é",
+        ):
+            answer = await _models(server, header)
+            assert answer.status_code == 401 and answer.json()["error"]["type"] == "authentication_error"
+        assert (await server.http.get("/health/live")).status_code == 200
+        for path in ("/metrics", "/docs", "/openapi.json", "/nothing", "/healthy"):
+            assert (await server.http.get(path)).status_code == 401
+        headers = {"origin": "https://page.example", "access-control-request-method": "POST"}
+        preflight = await server.http.options(CHAT, headers=headers)
+        assert preflight.headers["access-control-allow-origin"] == "https://page.example"
+
+
+async def _models(server: Served, header: str) -> httpx.Response:
+    return await server.http.get("/v1/models", headers={"authorization": header.encode()} if header else {})
+
+
+async def test_no_cors_unless_configured(api: Served) -> None:
+    answer = await api.http.get("/version", headers={"origin": "https://page.example"})
+    assert "access-control-allow-origin" not in answer.headers

@@ -1,0 +1,84 @@
+"""Models, tokens, health, metrics, documentation."""
+
+from __future__ import annotations
+
+import time
+
+from tests.server.api.deployment import CONTEXT, END, ids
+from tests.server.api.fake import Script
+from tests.server.api.serving import Served
+
+
+async def test_models(api: Served) -> None:
+    models = {model.id: model for model in (await api.openai.models.list()).data}
+    assert list(models) == ["duo", "duo:uniform", "duo:product", "duo:math", "duo:text"]
+    assert models["duo"].max_model_len == CONTEXT
+    assert (await api.openai.models.retrieve("duo:math")).id == "duo:math"
+
+
+async def test_tokenize(api: Served) -> None:
+    answer = (await api.http.post("/tokenize", json={"prompt": "Hi", "return_token_strs": True})).json()
+    assert answer == {"count": 2, "max_model_len": CONTEXT, "tokens": [72, 105], "token_strs": ["H", "i"]}
+    chat = {"messages": [{"role": "user", "content": "Hi"}], "model": "duo:math"}
+    answer = (await api.http.post("/tokenize", json=chat)).json()
+    assert answer["tokens"] == ids("<|bos|><|user|>Hi<|end|><|assistant|>")
+
+
+async def test_detokenize(api: Served) -> None:
+    answer = await api.http.post("/detokenize", json={"tokens": [72, 105, END]})
+    assert answer.json() == {"prompt": "Hi<|end|>"}
+    for wrong in ([-1], [2**63], [264], "x", [1.5]):
+        answer = await api.http.post("/detokenize", json={"tokens": wrong})
+        assert answer.status_code == 400 and answer.json()["error"]["param"].startswith("tokens")
+
+
+async def test_health(api: Served) -> None:
+    for path in ("/health", "/health/ready", "/health/live"):
+        assert (await api.http.get(path)).status_code == 200
+    assert (await api.http.get("/health/ready")).json()["experts"] == {"math": "up", "text": "up"}
+
+
+async def test_metrics(api: Served) -> None:
+    await api.chat(stream=True)
+    await api.http.get("/made/up/path")
+    lines = (await api.http.get("/metrics")).text.splitlines()
+    assert "polylogit_ready 1.0" in lines
+    assert "polylogit_ticks_total 10.0" in lines
+    assert 'polylogit_finished_sequences_total{reason="stop"} 3.0' in lines
+    assert 'polylogit_tick_seconds_bucket{le="1.0"} 3.0' in lines
+    assert 'polylogit_tick_seconds_bucket{le="+Inf"} 6.0' in lines
+    assert 'polylogit_expert_kv_used_ratio{expert="math"} 0.25' in lines
+    assert any(
+        line.startswith('polylogit_http_requests_total{outcome="client_error",route="other"}')
+        for line in lines
+    )
+    chat = 'polylogit_http_requests_total{outcome="ok",route="/v1/chat/completions"}'
+    assert any(line.startswith(chat) for line in lines)
+    assert any(line.startswith("polylogit_time_to_first_token_seconds_count") for line in lines)
+
+
+async def test_metrics_series_are_bounded(api: Served) -> None:
+    await api.http.get("/metrics")
+    before = len((await api.http.get("/metrics")).text.splitlines())
+    for number in range(50):
+        await api.chat(model=f"made-up-{number}")
+        await api.http.get(f"/path/{number}")
+    after = len((await api.http.get("/metrics")).text.splitlines())
+    assert after - before < 40
+
+
+async def test_metrics_without_an_answer_from_the_coordinator(api: Served) -> None:
+    api.fake.script = Script(stats=False)
+    start = time.perf_counter()
+    assert (await api.http.get("/metrics")).status_code == 200
+    assert time.perf_counter() - start < 1
+
+
+async def test_documentation(api: Served) -> None:
+    schema = (await api.http.get("/openapi.json")).json()
+    post = schema["paths"]["/v1/chat/completions"]["post"]
+    assert {"400", "401", "404", "413", "503"} <= set(post["responses"])
+    assert "ChatRequest" in schema["components"]["schemas"]
+    assert "messages" in schema["components"]["schemas"]["ChatRequest"]["properties"]
+    assert (await api.http.get("/docs")).status_code == 200
+    assert (await api.http.get("/version")).json()["version"]
