@@ -93,9 +93,7 @@ class _Runner:
     def round(self, sequences: int) -> Round:
         """Each thing once, one after another."""
         before = _cpu_times()
-        bare = self._deployment.bare(
-            list(range(len(self._names))), Bare(sequences, self._prompt_tokens, self._tokens)
-        )
+        bare = self._deployment.bare(list(range(len(self._names))), Bare(sequences, self._prompt_tokens, self._tokens))
         fused = self._policy(Uniform(), sequences)
         single = {name: self._policy(Single(name), sequences) for name in self._names}
         return Round(
@@ -116,9 +114,7 @@ class _Runner:
     def _request(self, policy: Policy, index: int) -> SequenceRequest:
         prompt = [(7 * index + position) % 250 for position in range(self._prompt_tokens)]
         prompts = [prompt if not isinstance(policy, Single) or name == policy.expert else [] for name in self._names]
-        request = SequenceRequest(
-            self._next, prompts, policy, SamplingParams(temperature=0.0), max_tokens=self._tokens
-        )
+        request = SequenceRequest(self._next, prompts, policy, SamplingParams(temperature=0.0), max_tokens=self._tokens)
         self._next += 1
         return request
 

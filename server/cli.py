@@ -65,7 +65,10 @@ def _serve(options: argparse.Namespace) -> int:
     check(config)
 
     def announce(url: str) -> None:
-        print(f"{config.name} is ready on {url} ({', '.join(config.expert_names)} fused by {config.default_policy})", flush=True)
+        print(
+            f"{config.name} is ready on {url} ({', '.join(config.expert_names)} fused by {config.default_policy})",
+            flush=True,
+        )
 
     Supervisor(config, announce).run()
     return 0

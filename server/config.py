@@ -32,7 +32,7 @@ class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base: frozen, and strict about keys."""
 
 
-class ExpertConfig(_Struct):
+class ExpertConfig(_Struct, frozen=True):
     """One expert: a vLLM engine in a process of its own.
 
     `model`: a directory in Hugging Face format. `device`: "cpu" or "cuda"; `cpus`: the cores of a CPU expert (default:
@@ -57,7 +57,7 @@ class ExpertConfig(_Struct):
     engine_args: dict[str, Any] = {}
 
 
-class GateConfig(_Struct):
+class GateConfig(_Struct, frozen=True):
     """The gate checkpoint. `on_failure`: what happens to a token for which the gate raises or returns nonsense."""
 
     file: str
@@ -65,7 +65,7 @@ class GateConfig(_Struct):
     on_failure: Literal["uniform", "fail"] = "uniform"
 
 
-class Limits(_Struct):
+class Limits(_Struct, frozen=True):
     """`sequences`: running at once; `queue`: waiting beyond that; times in seconds; `body_bytes`: of one HTTP body."""
 
     sequences: Positive = 64
@@ -78,7 +78,7 @@ class Limits(_Struct):
     body_bytes: Positive = 4_000_000
 
 
-class HttpConfig(_Struct):
+class HttpConfig(_Struct, frozen=True):
     """`api_keys_file`: one key a line; POLYLOGIT_API_KEYS (comma-separated) adds to it. No keys: no authentication.
     `cors_origins`: empty for no CORS headers."""
 
@@ -90,7 +90,7 @@ class HttpConfig(_Struct):
     write_seconds: Seconds = 60.0
 
 
-class Config(_Struct):
+class Config(_Struct, frozen=True):
     """A deployment. `policies` are offered under their names; `default_policy` answers for the deployment's own name.
 
     `missing`: the log-probability of a token outside an expert's top-k: "tail" estimates it, "exact" asks the expert.
@@ -126,7 +126,7 @@ class Config(_Struct):
 
 
 def parse_size(text: str) -> int:
-    """"64MiB" -> bytes. Raises ConfigError."""
+    """ "64MiB" -> bytes. Raises ConfigError."""
     if not (match := _SIZE.match(text)):
         raise ConfigError(f"{text!r} is not a size such as 512MiB or 20GiB")
     return int(float(match[1]) * _UNITS[match[2]])

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from server.config import Config
-from server.errors import StartError
+from server.errors import EngineError, StartError
 from server.messages import (
     Abort,
     Bare,
@@ -38,6 +38,7 @@ from server.supervisor import Child, expert_cpus, run_coordinator, run_expert, s
 from server.transport import Channel, endpoint
 
 _END_SECONDS = 15.0
+_LOOK_SECONDS = 1.0
 
 
 @dataclass(slots=True)
@@ -112,16 +113,19 @@ class LocalDeployment:
         return self._api.receive(timeout)
 
     def generate(self, requests: list[SequenceRequest], *, timeout: float = 120.0) -> dict[int, Generated]:
-        """Run `requests` to their ends: sequence id -> what it gave. Raises TimeoutError."""
+        """Run `requests` to their ends: sequence id -> what it gave. Raises TimeoutError, and EngineError if the
+        coordinator ends meanwhile."""
         results = {request.id: Generated() for request in requests}
         self.submit(requests)
         left = len(results)
         deadline = time.monotonic() + timeout
         while left:
-            message = self.receive(max(0.0, deadline - time.monotonic()))
-            if message is None:
+            if (message := self.receive(_LOOK_SECONDS)) is not None:
+                left -= self._note(message, results)
+            elif not self._children[0].process.is_alive():
+                raise EngineError(f"coordinator: {self._children[0].last_words()}")
+            if left and time.monotonic() > deadline:
                 raise TimeoutError(f"{left} of {len(requests)} sequences had not ended after {timeout:g} s")
-            left -= self._note(message, results)
         return results
 
     def stats(self, *, timeout: float = 30.0) -> Stats:

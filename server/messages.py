@@ -21,23 +21,23 @@ class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
 # --- api -> coordinator -------------------------------------------------------------------------------------------
 
 
-class Submit(Message, tag="Submit"):
+class Submit(Message, frozen=True, tag="Submit"):
     """Start these sequences. The api gives each a number it has never used before."""
 
     sequences: list[SequenceRequest]
 
 
-class Abort(Message, tag="Abort"):
+class Abort(Message, frozen=True, tag="Abort"):
     """Stop these sequences; unknown or ended ones are ignored. An aborted sequence gets no `Ended`."""
 
     sequences: list[int]
 
 
-class GetStats(Message, tag="GetStats"):
+class GetStats(Message, frozen=True, tag="GetStats"):
     """Ask for one `Stats`."""
 
 
-class Bare(Message, tag="Bare"):
+class Bare(Message, frozen=True, tag="Bare"):
     """Benchmark: run `sequences` prompts of `prompt_tokens` for `tokens` greedy steps without any rendezvous."""
 
     sequences: int
@@ -45,7 +45,7 @@ class Bare(Message, tag="Bare"):
     tokens: int
 
 
-class RunBare(Message, tag="RunBare"):
+class RunBare(Message, frozen=True, tag="RunBare"):
     """Benchmark: run `bare` in several idle engines at the same time. Answered by `BareTimes`."""
 
     experts: list[int]
@@ -55,7 +55,7 @@ class RunBare(Message, tag="RunBare"):
 # --- coordinator -> api -------------------------------------------------------------------------------------------
 
 
-class Choice(Message, tag="Choice"):
+class Choice(Message, frozen=True, tag="Choice"):
     """What a request for log-probabilities or expert weights gets beside one token.
 
     `logprob` is the chosen token's, natural log, of the fused distribution before penalties and temperature;
@@ -67,7 +67,7 @@ class Choice(Message, tag="Choice"):
     coefficients: list[float]
 
 
-class Progress(Message, tag="Progress"):
+class Progress(Message, frozen=True, tag="Progress"):
     """One tick's tokens: `tokens[i]` belongs to `sequences[i]`; `choices` has an entry for sequences that asked."""
 
     sequences: list[int]
@@ -75,7 +75,7 @@ class Progress(Message, tag="Progress"):
     choices: dict[int, Choice]
 
 
-class Ended(Message, tag="Ended"):
+class Ended(Message, frozen=True, tag="Ended"):
     """The one terminal message of a sequence. It follows the `Progress` with its last token.
 
     `stop_token`: the stop token that ended it (it was in `Progress` too). `message` and `code` explain an `error`;
@@ -91,7 +91,7 @@ class Ended(Message, tag="Ended"):
     cached_tokens: int = 0
 
 
-class Status(Message, tag="Status"):
+class Status(Message, frozen=True, tag="Status"):
     """Sent on every change. `experts`: name -> "up", "starting" or "down". `ready`: new requests are accepted."""
 
     ready: bool
@@ -99,7 +99,7 @@ class Status(Message, tag="Status"):
     experts: dict[str, str]
 
 
-class Histogram(Message, tag="Histogram"):
+class Histogram(Message, frozen=True, tag="Histogram"):
     """Cumulative histogram since start: `counts[i]` observations in (bounds[i-1], bounds[i]], one more past the last."""
 
     bounds: list[float]
@@ -107,13 +107,13 @@ class Histogram(Message, tag="Histogram"):
     sum: float
 
 
-class BareTimes(Message, tag="BareTimes"):
+class BareTimes(Message, frozen=True, tag="BareTimes"):
     """Answer to `RunBare`: expert -> seconds of each step."""
 
     seconds: dict[int, list[float]]
 
 
-class ExpertStats(Message, tag="ExpertStats"):
+class ExpertStats(Message, frozen=True, tag="ExpertStats"):
     """One expert's part of `Stats`. Seconds and tokens; counters are cumulative since start."""
 
     name: str
@@ -129,7 +129,7 @@ class ExpertStats(Message, tag="ExpertStats"):
     masked_rows: int
 
 
-class Stats(Message, tag="Stats"):
+class Stats(Message, frozen=True, tag="Stats"):
     """A snapshot of the coordinator, for /metrics, `polylogit bench` and tests."""
 
     ticks: int
@@ -149,7 +149,7 @@ class Stats(Message, tag="Stats"):
 # --- coordinator -> expert ----------------------------------------------------------------------------------------
 
 
-class Add(Message, tag="Add"):
+class Add(Message, frozen=True, tag="Add"):
     """Put a sequence into the engine before its next step.
 
     `slot` names the sequence on this socket while it is there, `sequence` for ever; `tokens` are its prompt and the tokens generated so
@@ -166,7 +166,7 @@ class Add(Message, tag="Add"):
     score: bool = False
 
 
-class Tick(Message, tag="Tick"):
+class Tick(Message, frozen=True, tag="Tick"):
     """Run one step. `tokens` (int32[B]) are for the rows of the last `Report`, in its order; then `drop` and `park` take
     effect, then `add`. A row that nothing was decided for gets any valid token: its slot is dropped or parked.
 
@@ -181,21 +181,21 @@ class Tick(Message, tag="Tick"):
     add: list[Add]
 
 
-class Gather(Message, tag="Gather"):
+class Gather(Message, frozen=True, tag="Gather"):
     """Ask for exact log-probabilities of `ids` (int32[B, U], -1 for none) of the last rows of `slots` (int32[B])."""
 
     slots: bytes
     ids: bytes
 
 
-class Stop(Message, tag="Stop"):
+class Stop(Message, frozen=True, tag="Stop"):
     """Leave."""
 
 
 # --- expert -> coordinator ----------------------------------------------------------------------------------------
 
 
-class Ready(Message, tag="Ready"):
+class Ready(Message, frozen=True, tag="Ready"):
     """The engine is loaded. `kv_tokens`: KV-cache capacity in tokens; `block_size`: tokens per KV block."""
 
     kv_tokens: int
@@ -206,7 +206,7 @@ class Ready(Message, tag="Ready"):
     version: str
 
 
-class Load(Message, tag="Load"):
+class Load(Message, frozen=True, tag="Load"):
     """An engine's load: KV-cache use in [0, 1], running sequences, preemptions since start. Sent alone when the engine
     falls empty."""
 
@@ -215,7 +215,7 @@ class Load(Message, tag="Load"):
     preemptions: int
 
 
-class Report(Message, tag="Report"):
+class Report(Message, frozen=True, tag="Report"):
     """Rows at a sampling position in step `number`.
 
     `slots` int32[B], `positions` int32[B] (index of the token to be chosen, prompt included), `ids` int32[B, K],
@@ -236,20 +236,20 @@ class Report(Message, tag="Report"):
     cached_tokens: dict[int, int]
 
 
-class Gathered(Message, tag="Gathered"):
+class Gathered(Message, frozen=True, tag="Gathered"):
     """Answer to `Gather`: float32[B, U], -inf for id -1."""
 
     logprobs: bytes
 
 
-class Scored(Message, tag="Scored"):
+class Scored(Message, frozen=True, tag="Scored"):
     """Log-probability of each prompt token but the first under this expert: float32[len(tokens) - 1]."""
 
     sequence: int
     logprobs: bytes
 
 
-class BareDone(Message, tag="BareDone"):
+class BareDone(Message, frozen=True, tag="BareDone"):
     """Answer to `Bare`: the duration of each decoding step, in seconds."""
 
     step_seconds: list[float]
@@ -258,14 +258,14 @@ class BareDone(Message, tag="BareDone"):
 # --- supervisor <-> coordinator -----------------------------------------------------------------------------------
 
 
-class ExpertUp(Message, tag="ExpertUp"):
+class ExpertUp(Message, frozen=True, tag="ExpertUp"):
     """A worker process for `expert` (index) was started and will connect to endpoint `generation`."""
 
     expert: int
     generation: int
 
 
-class ExpertDown(Message, tag="ExpertDown"):
+class ExpertDown(Message, frozen=True, tag="ExpertDown"):
     """The worker process of `expert` has ended."""
 
     expert: int
@@ -273,17 +273,17 @@ class ExpertDown(Message, tag="ExpertDown"):
     message: str
 
 
-class Drain(Message, tag="Drain"):
+class Drain(Message, frozen=True, tag="Drain"):
     """Stop admitting; what still runs after `grace_seconds` is ended with an error. Answered by `Drained`."""
 
     grace_seconds: float
 
 
-class CoordinatorReady(Message, tag="CoordinatorReady"):
+class CoordinatorReady(Message, frozen=True, tag="CoordinatorReady"):
     """Every expert is loaded and the gate fits them. Sent once."""
 
 
-class RestartExpert(Message, tag="RestartExpert"):
+class RestartExpert(Message, frozen=True, tag="RestartExpert"):
     """This expert hangs or broke: kill its process and start another."""
 
     expert: int
@@ -291,7 +291,7 @@ class RestartExpert(Message, tag="RestartExpert"):
     message: str
 
 
-class Drained(Message, tag="Drained"):
+class Drained(Message, frozen=True, tag="Drained"):
     """Nothing runs any more."""
 
 

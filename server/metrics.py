@@ -82,15 +82,11 @@ class ApiMetrics:
         self._durations[route].observe(seconds)
 
     def families(self) -> Iterator[Metric]:
-        requests = CounterMetricFamily(
-            "polylogit_http_requests", "Finished requests.", labels=["route", "outcome"]
-        )
+        requests = CounterMetricFamily("polylogit_http_requests", "Finished requests.", labels=["route", "outcome"])
         for labels, count in self._requests.items():
             requests.add_metric(labels, count)
         yield requests
-        yield GaugeMetricFamily(
-            "polylogit_http_requests_in_flight", "Requests now served.", value=self.in_flight
-        )
+        yield GaugeMetricFamily("polylogit_http_requests_in_flight", "Requests now served.", value=self.in_flight)
         duration = _histogram("polylogit_http_request_seconds", "From headers to the last byte.", "route")
         for route, buckets in self._durations.items():
             _add(duration, [route], buckets.snapshot())
@@ -119,9 +115,7 @@ class _Snapshot(Collector):
         self._ready = ready
 
     def collect(self) -> Iterable[Metric]:
-        yield GaugeMetricFamily(
-            "polylogit_ready", "1 while new requests are accepted.", value=int(self._ready)
-        )
+        yield GaugeMetricFamily("polylogit_ready", "1 while new requests are accepted.", value=int(self._ready))
         yield from self._api.families()
         if self._stats is not None:
             yield from coordinator_families(self._stats)
@@ -140,9 +134,7 @@ def coordinator_families(stats: Stats) -> Iterator[Metric]:
     for name, (text, value) in counters.items():
         yield CounterMetricFamily(f"polylogit_{name}", text, value=value)
     yield GaugeMetricFamily("polylogit_running_sequences", "Sequences now generated.", value=stats.running)
-    yield GaugeMetricFamily(
-        "polylogit_queued_sequences", "Sequences waiting for admission.", value=stats.queued
-    )
+    yield GaugeMetricFamily("polylogit_queued_sequences", "Sequences waiting for admission.", value=stats.queued)
     finished = CounterMetricFamily("polylogit_finished_sequences", "Ended sequences.", labels=["reason"])
     for reason, count in stats.finished.items():
         finished.add_metric([reason], count)
@@ -150,9 +142,7 @@ def coordinator_families(stats: Stats) -> Iterator[Metric]:
     ticks = _histogram("polylogit_tick_seconds", "Duration of a tick.")
     _add(ticks, [], stats.tick_seconds)
     yield ticks
-    phases = CounterMetricFamily(
-        "polylogit_phase_seconds", "Time in each phase of the ticks.", labels=["phase"]
-    )
+    phases = CounterMetricFamily("polylogit_phase_seconds", "Time in each phase of the ticks.", labels=["phase"])
     for phase, seconds in stats.phase_seconds.items():
         phases.add_metric([phase], seconds)
     yield phases

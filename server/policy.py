@@ -20,17 +20,17 @@ class _Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
     """Base: a frozen, hashable value tagged with its `rule`."""
 
 
-class Gate(_Policy, tag="gate"):
+class Gate(_Policy, frozen=True, tag="gate"):
     """Coefficients and space from the gate checkpoint, per token (DLLG, arXiv 2606.04378)."""
 
 
-class Uniform(_Policy, tag="uniform"):
+class Uniform(_Policy, frozen=True, tag="uniform"):
     """1/E each."""
 
     space: Space = "logprob"
 
 
-class Weights(_Policy, tag="weights"):
+class Weights(_Policy, frozen=True, tag="weights"):
     """Constant coefficients by expert name; an expert not named has 0 and does not run."""
 
     weights: dict[str, float]
@@ -40,23 +40,23 @@ class Weights(_Policy, tag="weights"):
         return hash((self.space, *sorted(self.weights.items())))
 
 
-class Product(_Policy, tag="product"):
+class Product(_Policy, frozen=True, tag="product"):
     """Product of experts: coefficient 1 each, in log-probability space."""
 
 
-class Select(_Policy, tag="select"):
+class Select(_Policy, frozen=True, tag="select"):
     """One expert per token: the gate's argmax, the lowest entropy, or the highest top-1 probability."""
 
     by: Literal["gate", "entropy", "confidence"] = "confidence"
 
 
-class Single(_Policy, tag="single"):
+class Single(_Policy, frozen=True, tag="single"):
     """One expert alone; this is how each expert is served by its own name."""
 
     expert: str
 
 
-class Contrastive(_Policy, tag="contrastive"):
+class Contrastive(_Policy, frozen=True, tag="contrastive"):
     """log p = log p_expert - mu log p_amateur where p_expert >= plausibility * max p_expert (arXiv 2210.15097)."""
 
     expert: str
@@ -65,7 +65,7 @@ class Contrastive(_Policy, tag="contrastive"):
     plausibility: float = 0.1
 
 
-class Proxy(_Policy, tag="proxy"):
+class Proxy(_Policy, frozen=True, tag="proxy"):
     """Proxy-tuning: log p = log p_base + alpha (log p_tuned - log p_untuned) (arXiv 2401.08565)."""
 
     base: str
@@ -74,22 +74,20 @@ class Proxy(_Policy, tag="proxy"):
     alpha: float = 1.0
 
 
-class FusionRoute(_Policy, tag="fusionroute"):
+class FusionRoute(_Policy, frozen=True, tag="fusionroute"):
     """Router engine 1, the expert the gate prefers 1, others 0 (arXiv 2601.05106)."""
 
     router: str
 
 
-class Perplexity(_Policy, tag="perplexity"):
+class Perplexity(_Policy, frozen=True, tag="perplexity"):
     """w = softmax(-prompt cross-entropy / tau), fixed for the request (PackLLM, arXiv 2404.11531)."""
 
     tau: float = 1.0
     space: Space = "logprob"
 
 
-Policy = (
-    Gate | Uniform | Weights | Product | Select | Single | Contrastive | Proxy | FusionRoute | Perplexity
-)
+Policy = Gate | Uniform | Weights | Product | Select | Single | Contrastive | Proxy | FusionRoute | Perplexity
 
 
 def expert_names(policy: Policy) -> list[str]:

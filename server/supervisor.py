@@ -118,7 +118,13 @@ class Supervisor:
         name = self._config.experts[expert].name
         self._control.send(ExpertUp(expert, generation))
         self._experts[expert] = spawn(
-            f"expert {name}", run_expert, self._config, expert, generation, self._directory, expert_cpus(self._config)[expert]
+            f"expert {name}",
+            run_expert,
+            self._config,
+            expert,
+            generation,
+            self._directory,
+            expert_cpus(self._config)[expert],
         )
 
     # --- run ------------------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ Nothing is pickled, and a message that does not decode as one of the expected ty
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import zmq
@@ -43,7 +43,7 @@ class Channel(Generic[Incoming, Outgoing]):
         else:
             self._socket.connect(address)
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[Incoming] = msgspec.msgpack.Decoder(incoming)  # type: ignore[arg-type]
+        self._decoder: msgspec.msgpack.Decoder[Incoming] = msgspec.msgpack.Decoder(incoming)
 
     def send(self, message: Outgoing) -> None:
         """Queue `message`; never blocks."""
@@ -53,7 +53,15 @@ class Channel(Generic[Incoming, Outgoing]):
         """The next message, or None after `timeout` seconds (None: wait for ever, 0: do not wait)."""
         if timeout is not None and not self._socket.poll(round(timeout * 1000)):
             return None
+        return self.take()
+
+    def take(self) -> Incoming:
+        """The next message, waiting for it."""
         return self._decoder.decode(self._socket.recv())
+
+    @property
+    def socket(self) -> zmq.Socket[bytes]:
+        return self._socket
 
     def drain(self) -> Iterable[Incoming]:
         """All messages that have already arrived."""
@@ -68,23 +76,29 @@ class Channel(Generic[Incoming, Outgoing]):
         self._socket.close()
 
 
-class Poller:
-    """Waits for any of several channels."""
+class Selector:
+    """Waits for several channels at once and hands each message to its channel's handler."""
 
-    def __init__(self, channels: Iterable[Channel[object, Message]] = ()) -> None:
+    def __init__(self) -> None:
         self._poller = zmq.Poller()
-        for channel in channels:
-            self.add(channel)
+        self._handlers: dict[zmq.Socket[bytes], tuple[Channel[Any, Any], Callable[[Any], None]]] = {}
 
-    def add(self, channel: Channel[object, Message]) -> None:
-        self._poller.register(channel._socket, zmq.POLLIN)
+    def register(self, channel: Channel[Incoming, Outgoing], handler: Callable[[Incoming], None]) -> None:
+        self._poller.register(channel.socket, zmq.POLLIN)
+        self._handlers[channel.socket] = (channel, handler)
 
-    def remove(self, channel: Channel[object, Message]) -> None:
-        self._poller.unregister(channel._socket)
+    def unregister(self, channel: Channel[Incoming, Outgoing]) -> None:
+        """Before the channel is closed."""
+        self._poller.unregister(channel.socket)
+        del self._handlers[channel.socket]
 
-    def wait(self, timeout: float | None) -> bool:
-        """Whether something arrived within `timeout` seconds (None: wait for ever)."""
-        return bool(self._poller.poll(None if timeout is None else round(timeout * 1000)))
+    def dispatch(self, timeout: float) -> None:
+        """Wait at most `timeout` seconds for anything; handle one message of each channel that has some."""
+        for socket, _ in self._poller.poll(round(timeout * 1000)):
+            # A handler before this one may have closed the channel.
+            if (entry := self._handlers.get(socket)) is not None:
+                channel, handler = entry
+                handler(channel.take())
 
 
 class AsyncChannel(Generic[Incoming, Outgoing]):
@@ -99,7 +113,7 @@ class AsyncChannel(Generic[Incoming, Outgoing]):
         else:
             self._socket.connect(address)
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[Incoming] = msgspec.msgpack.Decoder(incoming)  # type: ignore[arg-type]
+        self._decoder: msgspec.msgpack.Decoder[Incoming] = msgspec.msgpack.Decoder(incoming)
 
     async def send(self, message: Outgoing) -> None:
         await self._socket.send(self._encoder.encode(message))

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import msgspec
 from pydantic import ValidationError
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from server.api.faults import UnsupportedMedia
 from server.api.protocol import Body
 from server.errors import BadRequest
 
@@ -80,7 +80,7 @@ async def read_json(request: Request) -> dict[str, Any]:
     """The body as a JSON object. NaN, Infinity, numbers out of range and deep nesting are refused."""
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
-        raise HTTPException(415, "the content type must be application/json")
+        raise UnsupportedMedia("the content type must be application/json")
     try:
         async with asyncio.timeout(_READ_SECONDS):
             raw = await request.body()

@@ -49,10 +49,7 @@ class ChatShape(Common):
         return b"".join(map(self._role, answers))
 
     def _role(self, answer: Answer) -> bytes:
-        chunk = (
-            b'%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
-            % answer.index
-        )
+        chunk = b'%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]' % answer.index
         if self.request.return_token_ids and answer.index == 0:
             chunk += b',"prompt_token_ids":' + encode(answer.prompt)
         if self.usage_always:
@@ -86,9 +83,7 @@ class ChatShape(Common):
 
     def _logprobs(self, piece: Piece) -> dict[str, Any]:
         return {
-            "content": [
-                self._entry(token, choice) for token, choice in zip(piece.tokens, piece.choices, strict=True)
-            ]
+            "content": [self._entry(token, choice) for token, choice in zip(piece.tokens, piece.choices, strict=True)]
         }
 
     def _entry(self, token: int, choice: Choice) -> dict[str, Any]:

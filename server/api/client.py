@@ -120,9 +120,7 @@ class EngineClient:
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self._numbers = itertools.count(
-            time.time_ns() // 1000
-        )  # a restarted api must not repeat its predecessor's
+        self._numbers = itertools.count(time.time_ns() // 1000)  # a restarted api must not repeat its predecessor's
         self._running: dict[int, tuple[Generation, int]] = {}
         self._outbox: asyncio.Queue[FromApi] = asyncio.Queue()
         self._stats: Stats | None = None
@@ -192,7 +190,7 @@ class EngineClient:
         for generation in {generation for generation, _ in self._running.values()}:
             generation.fail(error)
 
-    def _dispatch(self, message: Progress | Ended | Status | Stats) -> None:
+    def _dispatch(self, message: ToApi) -> None:
         match message:
             case Progress():
                 self._progress(message)

@@ -25,7 +25,7 @@ async def completion_job(services: Services, request: CompletionRequest, request
     choir = services.deployment.choir(request.model, request.fusion)
     factory = services.sequences(choir, request)
     _check_number(request, services.deployment.config.limits)
-    prompts = [await _prompt(choir, prompt, request) for prompt in request.prompt]
+    prompts = await _prompts(choir, request)
     shape = CompletionShape(
         request,
         choir.tokenizer,
@@ -43,12 +43,13 @@ def _check_number(request: CompletionRequest, limits: Limits) -> None:
         raise BadRequest(f"prompt: at most {most} prompts times n", param="prompt")
 
 
-async def _prompt(choir: Choir, prompt: str | list[int], request: CompletionRequest) -> Prompt:
-    if isinstance(prompt, str):
-        ids = await text_prompts(choir, prompt, add_special_tokens=request.add_special_tokens)
+async def _prompts(choir: Choir, request: CompletionRequest) -> list[Prompt]:
+    texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
+    if texts:
+        prompts = await text_prompts(choir, texts, add_special_tokens=request.add_special_tokens)
     else:
-        ids = id_prompts(choir, prompt)
-    return Prompt(ids, room(choir, ids, "prompt"))
+        prompts = [id_prompts(choir, prompt) for prompt in request.prompt if isinstance(prompt, list)]
+    return [Prompt(ids, room(choir, ids, "prompt")) for ids in prompts]
 
 
 class CompletionShape(Common):
@@ -65,9 +66,7 @@ class CompletionShape(Common):
 
     def chunk(self, answer: Answer) -> bytes:
         piece = answer.take()
-        logprobs = (
-            b"null" if self.request.alternatives is None else encode(self._logprobs(answer.index, piece))
-        )
+        logprobs = b"null" if self.request.alternatives is None else encode(self._logprobs(answer.index, piece))
         text = b'{"index":%d,"text":%b,"logprobs":%b' % (answer.index, encode(piece.text), logprobs)
         return self.head + text + self.end_of_choice(answer, piece)
 

@@ -16,6 +16,13 @@ from server.errors import Overloaded, RequestError
 _MOST_CHARACTERS = 16_000
 
 
+class UnsupportedMedia(RequestError):
+    """The body is compressed or not JSON."""
+
+    status = 415
+    type = "invalid_request_error"
+
+
 def error_object(error: RequestError) -> bytes:
     return _encode(error.message, error.type, error.param, error.code)
 

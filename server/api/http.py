@@ -12,6 +12,9 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from server.api.faults import error_object
+from server.errors import BadRequest
+
 _MOST_HEADERS = 100
 _MOST_HEADER_BYTES = 64 * 1024
 _HEADER_SECONDS = 20.0
@@ -57,6 +60,13 @@ class Connection(HttpToolsProtocol):
         if not self.transport.is_closing():
             super().on_headers_complete()
 
+    def send_400_response(self, msg: str) -> None:
+        """An error object, as everywhere."""
+        body = error_object(BadRequest(msg))
+        head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        self.transport.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+        self.transport.close()
+
     def _begin_headers(self) -> None:
         self._in_headers = True
         self._header_bytes = 0
@@ -71,7 +81,7 @@ class Connection(HttpToolsProtocol):
     def _refuse(self) -> None:
         if not self.transport.is_closing():
             self._end_headers()
-            self.send_400_response("The request headers are too long.")
+            self.send_400_response("the request headers are too long")
 
 
 class HttpServer(uvicorn.Server):

@@ -13,10 +13,9 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.faults import error_response
+from server.api.faults import UnsupportedMedia, error_response
 from server.api.reply import ClientGone
 from server.errors import BodyTooLarge, GenerationFailed, Unauthorized
 from server.metrics import ApiMetrics
@@ -56,14 +55,12 @@ class Observed:
             await self._app(visit.scope, receive, visit.send)
         except (ClientGone, ClientDisconnect):
             visit.gone = True
-            if not visit.status:
-                await visit.send_response(Response(status_code=499), receive)
         except Exception:
             _log.exception("%s failed", visit.request_id)
             if visit.status:
                 raise
             fault = GenerationFailed("an internal error; the request id finds it in the server's log")
-            await visit.send_response(error_response(fault), receive)
+            await error_response(fault)(visit.scope, receive, visit.send)
 
 
 class _Visit:
@@ -84,9 +81,6 @@ class _Visit:
             self.status = message["status"]
             message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.request_id.encode())]
         await self._send(message)
-
-    async def send_response(self, response: Response, receive: Receive) -> None:
-        await response(self.scope, receive, self.send)
 
     @property
     def seconds(self) -> float:
@@ -140,7 +134,7 @@ class BodyLimited:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if _header(scope, b"content-encoding").lower() not in (b"", b"identity"):
-            await error_response(_Compressed("compressed bodies are not accepted"))(scope, receive, send)
+            await error_response(UnsupportedMedia("compressed bodies are not accepted"))(scope, receive, send)
             return
         length = _header(scope, b"content-length")
         if length.isdigit() and (len(length) > 15 or int(length) > self._most):
@@ -160,10 +154,6 @@ class BodyLimited:
 
     def _fault(self) -> BodyTooLarge:
         return BodyTooLarge(f"the body is longer than {self._most} bytes")
-
-
-class _Compressed(BodyTooLarge):
-    status = 415
 
 
 def _is_open(scope: Scope) -> bool:

@@ -40,8 +40,7 @@ _POSTING = (400, 401, 404, 413, 415, 500, 503)
 def errors(*, post: bool) -> dict[int | str, dict[str, Any]]:
     """The declared error responses of a route."""
     return {
-        status: {"model": ErrorResponse, "description": _WHY[status]}
-        for status in (_POSTING if post else _READING)
+        status: {"model": ErrorResponse, "description": _WHY[status]} for status in (_POSTING if post else _READING)
     }
 
 

@@ -14,9 +14,6 @@ from server.api.template import Marks
 from server.errors import BadRequest
 
 _LONG = 8192  # characters from which work leaves the event loop
-_TEMPLATE_ARGUMENTS = frozenset(
-    {"enable_thinking", "thinking", "thinking_budget", "preserve_thinking", "reasoning_effort", "date_string"}
-)
 
 
 class Chat:
@@ -32,12 +29,10 @@ class Chat:
         add_special_tokens: bool = False,
     ) -> None:
         self.messages = [_conversation(message) for message in messages]
-        self._arguments = _checked(arguments)
+        self._arguments = dict(arguments)
         self._continue = continue_final_message
         self._add_special_tokens = add_special_tokens
-        self._generation_prompt = (
-            not continue_final_message if add_generation_prompt is None else add_generation_prompt
-        )
+        self._generation_prompt = not continue_final_message if add_generation_prompt is None else add_generation_prompt
         if continue_final_message and self.messages[-1]["role"] != "assistant":
             raise BadRequest("the final message is not the assistant's", param="continue_final_message")
 
@@ -61,9 +56,9 @@ class Chat:
             **marks.hide(self._arguments),
         )
         if self._continue:
-            rendered = _cut(rendered, marks.tail)
+            rendered = marks.cut(rendered)
         check_length(rendered, expert, "messages")
-        return marks.encode(rendered, expert.tokenizer, add_special_tokens=self._add_special_tokens)
+        return marks.encode(rendered, add_special_tokens=self._add_special_tokens)
 
     def _with_system(self, prompt: str | None) -> list[dict[str, Any]]:
         """The messages, after the expert's own system prompt where the client sends none."""
@@ -90,20 +85,21 @@ def _chat_prompts(choir: Choir, chat: Chat) -> list[list[int]]:
     return prompts
 
 
-async def text_prompts(choir: Choir, text: str, *, add_special_tokens: bool) -> list[list[int]]:
-    """A raw text for each expert of `choir`; special tokens written in it are parsed, as vLLM does."""
-    if len(text) > _LONG:
-        return await asyncio.to_thread(_text_prompts, choir, text, add_special_tokens)
-    return _text_prompts(choir, text, add_special_tokens)
+async def text_prompts(choir: Choir, texts: list[str], *, add_special_tokens: bool) -> list[list[list[int]]]:
+    """Raw texts, each for each expert of `choir`; special tokens written in them are parsed, as vLLM does."""
+    if sum(map(len, texts)) > _LONG:
+        return await asyncio.to_thread(_text_prompts, choir, texts, add_special_tokens)
+    return _text_prompts(choir, texts, add_special_tokens)
 
 
-def _text_prompts(choir: Choir, text: str, add_special_tokens: bool) -> list[list[int]]:
-    done: dict[int, list[int]] = {}
+def _text_prompts(choir: Choir, texts: list[str], add_special_tokens: bool) -> list[list[list[int]]]:
+    done: dict[int, list[list[int]]] = {}
     for expert in choir.experts:
-        check_length(text, expert, "prompt")
+        check_length(max(texts, key=len), expert, "prompt")
         if id(expert.tokenizer) not in done:
-            done[id(expert.tokenizer)] = expert.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    return [done[id(expert.tokenizer)] for expert in choir.experts]
+            done[id(expert.tokenizer)] = expert.tokenizer.encode(texts, add_special_tokens=add_special_tokens)
+    by_expert = [done[id(expert.tokenizer)] for expert in choir.experts]
+    return [list(prompt) for prompt in zip(*by_expert, strict=True)]
 
 
 def id_prompts(choir: Choir, ids: list[int]) -> list[list[int]]:
@@ -145,25 +141,3 @@ def _conversation(message: Message) -> dict[str, Any]:
 
 def _hidden(message: dict[str, Any], marks: Marks) -> dict[str, Any]:
     return {key: value if key == "role" else marks.hide(value) for key, value in message.items()}
-
-
-def _checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Template arguments of the client: a few names, plain values."""
-    for name, value in arguments.items():
-        where = f"chat_template_kwargs.{name[:64]}"
-        if name not in _TEMPLATE_ARGUMENTS:
-            allowed = ", ".join(sorted(_TEMPLATE_ARGUMENTS))
-            raise BadRequest(f"{where}: is not allowed; allowed are {allowed}", param="chat_template_kwargs")
-        if not isinstance(value, bool | int | float) and not (isinstance(value, str) and len(value) <= 64):
-            raise BadRequest(
-                f"{where}: must be a boolean, a number or a short string", param="chat_template_kwargs"
-            )
-    return dict(arguments)
-
-
-def _cut(rendered: str, tail: str) -> str:
-    """The rendered prompt up to the end of the final message."""
-    head, mark, _ = rendered.rpartition(tail)
-    if not mark:
-        raise BadRequest("the chat template drops the final message", param="continue_final_message")
-    return head

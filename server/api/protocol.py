@@ -16,6 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validat
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 MOST_STOPS, MOST_STOP_CHARACTERS = 4, 1024
 MOST_MESSAGES = 4096
+TEMPLATE_ARGUMENTS = (
+    "date_string",
+    "enable_thinking",
+    "preserve_thinking",
+    "reasoning_effort",
+    "thinking",
+    "thinking_budget",
+)
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 TokenId = Annotated[int, Field(ge=0, le=INT64_MAX)]
@@ -107,6 +115,18 @@ def _tool_call(call: Any) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
+def _template_arguments(value: Any) -> dict[str, Any]:
+    """A few names, plain values: the deployment's templates read nothing else of a client."""
+    if not isinstance(value, dict):
+        raise ValueError("must be an object")
+    for name, argument in value.items():
+        if name not in TEMPLATE_ARGUMENTS:
+            raise ValueError(f"{name[:64]!r} is not allowed; allowed are {', '.join(TEMPLATE_ARGUMENTS)}")
+        if not isinstance(argument, bool | int | float) and not (isinstance(argument, str) and len(argument) <= 64):
+            raise ValueError(f"{name} must be a boolean, a number or a short string")
+    return value
+
+
 def _prompts(value: Any) -> list[str] | list[list[int]]:
     """A string, strings, token ids or lists of them: always a list of one kind. Ids are checked later."""
     if isinstance(value, str):
@@ -121,9 +141,7 @@ def _prompts(value: Any) -> list[str] | list[list[int]]:
     raise ValueError("must be all strings, all token ids or all lists of token ids")
 
 
-Content = Annotated[
-    str | None, PlainValidator(_content, json_schema_input_type=str | list[dict[str, str]] | None)
-]
+Content = Annotated[str | None, PlainValidator(_content, json_schema_input_type=str | list[dict[str, str]] | None)]
 ToolCalls = Annotated[
     list[dict[str, Any]] | None,
     PlainValidator(_tool_calls, json_schema_input_type=list[dict[str, Any]] | None),
@@ -134,6 +152,11 @@ Prompts = Annotated[
     PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
 ]
 LogitBias = Annotated[dict[int, float], PlainValidator(_logit_bias, json_schema_input_type=dict[str, float])]
+
+
+TemplateArguments = Annotated[
+    dict[str, Any], PlainValidator(_template_arguments, json_schema_input_type=dict[str, bool | float | str])
+]
 
 
 class Body(BaseModel):
@@ -237,7 +260,7 @@ class ChatRequest(GenerationRequest):
     continue_final_message: bool = False
     add_generation_prompt: bool | None = None
     add_special_tokens: bool = False
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: TemplateArguments = {}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -284,7 +307,7 @@ class TokenizeChatRequest(Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     add_special_tokens: bool = False
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: TemplateArguments = {}
     return_token_strs: bool = False
 
 

@@ -106,11 +106,7 @@ class Reply(Response):
             if not events:
                 await writer.write(KEEP_ALIVE)
                 continue
-            chunks = [
-                shape.chunk(answer)
-                for answer in _advance(generation, answers, events)
-                if _speaks(answer, shape)
-            ]
+            chunks = [shape.chunk(answer) for answer in _advance(generation, answers, events) if _speaks(answer, shape)]
             if not opened:
                 chunks.insert(0, shape.opening(answers))
                 opened = True
@@ -128,9 +124,7 @@ class _Writer:
         self._generation = generation
         self._keepalive = http.keepalive_seconds
         self._limit = http.write_seconds
-        self._abort: Callable[[], None] | None = (
-            scope.get("extensions", {}).get("polylogit.abort", {}).get("call")
-        )
+        self._abort: Callable[[], None] | None = scope.get("extensions", {}).get("polylogit.abort", {}).get("call")
         self._loop = asyncio.get_running_loop()
         self._since = self._loop.time()
         self._sending = False

@@ -77,9 +77,7 @@ class Common:
         self.tokenizer = tokenizer
         self._about = {"id": identity, "created": int(time.time()), "model": model}
         self._experts = experts
-        self.shows_tokens = (
-            request.return_token_ids or request.expert_weights or request.alternatives is not None
-        )
+        self.shows_tokens = request.return_token_ids or request.expert_weights or request.alternatives is not None
         about = encode({**self._about, "object": self.chunk_kind})
         self.head = b"data: " + about[:-1] + b',"choices":['
         options = request.stream_options

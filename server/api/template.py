@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -25,6 +25,7 @@ from server.errors import BadRequest, StartError
 
 # Noncharacters: Unicode keeps them for internal use, no template trims or matches them.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+_MARK = re.compile(f"{_OPEN}([0-9a-f]{{16}})([0-9]+){_CLOSE}")
 
 
 class _Generation(jinja2.ext.Extension):
@@ -49,9 +50,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Jinja's own filter escapes HTML; transformers' does not."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _strftime_now(pattern: str) -> str:
@@ -96,46 +95,49 @@ class Marks:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         self._nonce = secrets.token_hex(8)
-        self._tokens = sorted(tokenizer.special_tokens, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, self._tokens)) or r"(?!)")
-        self._mark = re.compile(f"{_OPEN}{self._nonce}([0-9]+){_CLOSE}")
-        self.tail = f"{_OPEN}{self._nonce}end{_CLOSE}"
+        self.tail = f"{_OPEN}{self._nonce}{_CLOSE} "  # the space tells whether the template trims
 
     def hide(self, value: Any) -> Any:
         """`value` (strings in lists and dicts) with every special token replaced by its mark."""
         match value:
             case str():
-                return self._special.sub(self._replace, value)
+                return self._tokenizer.special_pattern.sub(self._mark, value)
             case dict():
                 return {key: self.hide(item) for key, item in value.items()}
             case list():
                 return [self.hide(item) for item in value]
         return value
 
-    def _replace(self, match: re.Match[str]) -> str:
-        return f"{_OPEN}{self._nonce}{self._tokens.index(match[0])}{_CLOSE}"
-
-    def encode(self, rendered: str, tokenizer: Tokenizer, *, add_special_tokens: bool = False) -> list[int]:
-        """Ids of a rendered prompt: the template's special tokens parsed, the client's kept as text."""
-        if not self._mark.search(rendered):
-            return tokenizer.encode(rendered, add_special_tokens=add_special_tokens)
-        return [number for encode, text in self._parts(rendered, tokenizer) for number in encode(text)]
-
-    def _parts(self, rendered: str, tokenizer: Tokenizer) -> list[tuple[Callable[[str], list[int]], str]]:
-        """Runs of text between the template's special tokens; those with marks are encoded literally."""
-        parts: list[tuple[Callable[[str], list[int]], str]] = []
-        plain = ""
-        for run in re.split(f"({self._special.pattern})", rendered):
-            if not self._mark.search(run):
-                plain += run
-                continue
-            if plain:
-                parts.append((tokenizer.encode, plain))
-            plain = ""
-            parts.append((tokenizer.encode_literally, self.show(run)))
-        return [*parts, (tokenizer.encode, plain)] if plain else parts
-
     def show(self, text: str) -> str:
         """`text` with the marks turned back."""
-        return self._mark.sub(lambda match: self._tokens[int(match[1])], text)
+        return _MARK.sub(self._unmark, text)
+
+    def encode(self, rendered: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Ids of a rendered prompt: the template's special tokens parsed, the client's kept as text."""
+        if _OPEN not in rendered:
+            return self._tokenizer.encode([rendered], add_special_tokens=add_special_tokens)[0]
+        ids: list[int] = []
+        plain = ""
+        for run in re.split(f"({self._tokenizer.special_pattern.pattern})", rendered):
+            if _OPEN in run:
+                ids += self._tokenizer.encode([plain])[0] + self._tokenizer.encode_literally(self.show(run))
+                plain = ""
+            else:
+                plain += run
+        return ids + self._tokenizer.encode([plain])[0]
+
+    def cut(self, rendered: str) -> str:
+        """The rendered prompt up to `tail`; without spaces before it where the template trims, as
+        transformers does."""
+        head, mark, rest = rendered.rpartition(self.tail.rstrip())
+        if not mark:
+            raise BadRequest("the chat template drops the final message", param="continue_final_message")
+        return head if rest.startswith(" ") else head.rstrip()
+
+    def _mark(self, match: re.Match[str]) -> str:
+        return f"{_OPEN}{self._nonce}{self._tokenizer.special_tokens.index(match[0])}{_CLOSE}"
+
+    def _unmark(self, match: re.Match[str]) -> str:
+        return self._tokenizer.special_tokens[int(match[2])] if match[1] == self._nonce else match[0]

@@ -23,7 +23,7 @@ async def tokenize(deployment: Deployment, body: dict[str, Any]) -> dict[str, An
 
 async def _ids(choir: Choir, request: TokenizeChatRequest | TokenizeTextRequest) -> list[list[int]]:
     if isinstance(request, TokenizeTextRequest):
-        return await text_prompts(choir, request.prompt, add_special_tokens=request.add_special_tokens)
+        return (await text_prompts(choir, [request.prompt], add_special_tokens=request.add_special_tokens))[0]
     chat = Chat(
         request.messages,
         arguments=request.chat_template_kwargs,

@@ -9,6 +9,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
+import numpy as np
+
+from server.config import Config
+from server.coordinator.experts import ExpertLink
+from server.coordinator.fuser import PolicyBook
+from server.coordinator.fusion import Bool
+from server.coordinator.table import SequenceTable
+from server.policy import Perplexity, participants
 from server.request import SequenceRequest
 
 _ARRIVALS = 1 << 40
@@ -20,7 +28,6 @@ class WaitingQueue:
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, SequenceRequest]] = []
-        self._removed: set[int] = set()
         self._waiting: set[int] = set()
         self._arrivals = 0
 
@@ -35,8 +42,8 @@ class WaitingQueue:
 
     def peek(self) -> tuple[int, SequenceRequest] | None:
         """(order, request) of the next to start."""
-        while self._heap and self._heap[0][1].id in self._removed:
-            self._removed.discard(heapq.heappop(self._heap)[1].id)
+        while self._heap and self._heap[0][1].id not in self._waiting:
+            heapq.heappop(self._heap)
         return self._heap[0] if self._heap else None
 
     def pop(self) -> None:
@@ -48,7 +55,6 @@ class WaitingQueue:
         if sequence not in self._waiting:
             return False
         self._waiting.discard(sequence)
-        self._removed.add(sequence)
         return True
 
     def clear(self) -> Sequence[int]:
@@ -56,10 +62,80 @@ class WaitingQueue:
         gone = sorted(self._waiting)
         self._heap.clear()
         self._waiting.clear()
-        self._removed.clear()
         return gone
 
 
-def fits(needed: int, held: int, capacity: int, watermark: float) -> bool:
-    """Whether `needed` KV tokens can be added to `held` in an engine of `capacity`; alone, anything that fits at all may."""
-    return needed + held <= capacity * (1 - watermark) or (held == 0 and needed <= capacity)
+class Admission:
+    """Decides who enters the table."""
+
+    def __init__(self, config: Config, links: list[ExpertLink], table: SequenceTable, policies: PolicyBook) -> None:
+        self._config = config
+        self._names = config.expert_names
+        self._links = links
+        self._table = table
+        self._policies = policies
+        self.waiting = WaitingQueue()
+
+    def enqueue(self, requests: list[SequenceRequest]) -> tuple[str, str] | None:
+        """Queue sequences, all or none; (message, code) if they are refused."""
+        for request in requests:
+            if problem := self._impossible(request):
+                return problem, "too_long"
+        free = self._config.limits.sequences - len(self._table.requests)
+        if len(self.waiting) + len(requests) > self._config.limits.queue + free:
+            return "the queue is full", "overloaded"
+        for request in requests:
+            self.waiting.push(request)
+        return None
+
+    def admit(self) -> None:
+        """Start waiting sequences, oldest first, while there is room in every engine they need."""
+        while not self._table.full and (head := self.waiting.peek()) is not None:
+            order, request = head
+            expected = self._expected(request)
+            if not expected.any() or not self._has_room(request, expected):
+                return
+            self.waiting.pop()
+            self._table.admit(
+                request,
+                order=order,
+                policy=self._policies.acquire(request.policy),
+                expected=expected,
+                scores=isinstance(request.policy, Perplexity),
+                max_tokens=min(request.max_tokens, self._context_left(request)),
+            )
+
+    def _expected(self, request: SequenceRequest) -> Bool:
+        """bool[E]: the experts that `request` will use. Where lost experts are done without, those that are up."""
+        expected = np.zeros(len(self._links), bool)
+        expected[participants(request.policy, self._names)] = True
+        if self._config.on_expert_loss == "degrade":
+            expected &= [link.up for link in self._links]
+        return expected
+
+    def _has_room(self, request: SequenceRequest, expected: Bool) -> bool:
+        """Whether the prompt fits beside what runs in every engine; with nothing running, anything possible does."""
+        for link in self._links:
+            if expected[link.index] and link.info is not None:
+                held = self._table.kv_tokens(link.index, link.info.block_size)
+                room = link.info.kv_tokens * (1 - self._config.limits.kv_watermark) - held
+                if held and len(request.prompts[link.index]) + 1 > room:
+                    return False
+        return True
+
+    def _context_left(self, request: SequenceRequest) -> int:
+        """How many tokens can follow the prompt in every engine: its context, and its KV cache if it were alone."""
+        left = [
+            min(link.info.max_model_len, link.info.kv_tokens) - len(request.prompts[link.index])
+            for link in self._links
+            if link.info is not None and request.prompts[link.index]
+        ]
+        return min(left, default=0)
+
+    def _impossible(self, request: SequenceRequest) -> str | None:
+        """Why this request can never run, or None."""
+        if any(not request.prompts[index] for index in participants(request.policy, self._names)):
+            return "the prompt is empty"
+        if self._context_left(request) < 1:
+            return "the prompt is too long for an expert's context or KV cache"
+        return None

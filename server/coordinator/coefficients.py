@@ -75,7 +75,7 @@ def plausible(policy: Policy, experts: list[str], values: Float32) -> Bool | Non
     if not isinstance(policy, Contrastive):
         return None
     leader = values[:, experts.index(policy.expert)]
-    return leader >= leader.max(axis=1, keepdims=True) + np.log(np.float32(max(policy.plausibility, 1e-30)))
+    return np.asarray(leader >= leader.max(axis=1, keepdims=True) + np.log(np.float32(max(policy.plausibility, 1e-30))))
 
 
 def _rule(policy: Policy, experts: list[str], evidence: Evidence) -> Float32:
@@ -123,7 +123,7 @@ def _selected(by: str, evidence: Evidence) -> Int64:
         score = -entropy(evidence.logprobs, evidence.vocabulary)
     else:
         score = evidence.logprobs[:, :, 0]
-    return np.where(evidence.available, score, -np.inf).argmax(axis=1)
+    return np.asarray(np.where(evidence.available, score, -np.inf).argmax(axis=1))
 
 
 def _routed(router: int, scores: Float32) -> Float32:

@@ -13,18 +13,23 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from server.config import Config
-from server.coordinator.admission import WaitingQueue, fits
+from server.coordinator.admission import Admission
+from server.coordinator.compiled import compiled
 from server.coordinator.experts import ExpertLink
 from server.coordinator.fuser import Fused, Fuser
-from server.coordinator.fusion import Float32, Int32, Int64
+from server.coordinator.fusion import Bool, Float32, Int32, Int64
 from server.coordinator.sampling import choose, penalise, uniforms
 from server.coordinator.stats import Counters
-from server.coordinator.table import SequenceTable
+from server.coordinator.table import ExpertRows, SequenceTable
 from server.messages import Add, Choice, Ended, Progress, Report, Scored, ToApi
-from server.policy import Perplexity, participants
 from server.request import FinishReason, SequenceRequest
+
+_GOES_ON, _STOPPED, _TOO_LONG, _BROKEN = range(4)
+_NO_SLOTS = np.zeros(0, np.int32)
+_NONE = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +58,7 @@ class Coordinator:
         self._fuser = fuser
         self._table = table
         self._counters = counters
-        self._waiting = WaitingQueue()
-        self._names = config.expert_names
+        self._admission = Admission(config, links, table, fuser.policies)
         self._drop: list[list[int]] = [[] for _ in links]
         self._park: list[list[int]] = [[] for _ in links]
         self._token_of = np.zeros(len(table.active), np.int32)
@@ -62,85 +66,88 @@ class Coordinator:
         self.outbox: list[ToApi] = []
         self.draining = False
 
-    # --- the tick -------------------------------------------------------------------------------------------------
+    # --- the tick ---
 
     def tick(self) -> None:
         """One tick, from the engines' reports to the start of their next step. Every stepping engine has reported."""
-        phase = self._counters.phase
-        with phase("align"):
-            slots = self._align()
+        now = time.perf_counter()
+        slots = self._align()
+        now = self._counters.lap("align", now)
         drawn = self._draw(slots) if slots.size else None
-        with phase("step"):
-            if drawn is not None:
-                self._advance(drawn)
-            ended = self._end_finished(drawn)
-            self._admit()
-            self._count_tick(drawn)
-            self._step_engines()
-        with phase("emit"):
+        now = time.perf_counter()
+        ended = self._advance(drawn) if drawn is not None else []
+        self._admission.admit()
+        self._count_tick(drawn)
+        self._step_engines()
+        now = self._counters.lap("step", now)
+        if drawn is not None:
             self._emit(drawn, ended)
+            self._counters.lap("emit", now)
 
     def _align(self) -> Int64:
         """Keep the rows just reported; the slots that are complete, oldest first. Park the others that reported."""
-        table = self._table
-        fresh = [self._take_rows(link, link.report) if link.report is not None else None for link in self._links]
-        self._count_barrier()
-        complete = table.complete()
-        for link, slots in zip(self._links, fresh, strict=True):
-            if slots is not None and (parked := slots[~np.isin(slots, complete)]).size:
-                table.placed[parked, link.index] = False
+        fresh = [
+            (link, self._take_rows(link, link.report))
+            for link in self._links
+            if link.report is not None and link.report.slots
+        ]
+        complete = self._table.complete()
+        going_on = np.zeros(len(self._table.active), bool)
+        going_on[complete] = True
+        for link, slots in fresh:
+            if (parked := slots[~going_on[slots]]).size:
+                self._table.placed[parked, link.index] = False
                 self._park[link.index] += parked.tolist()
                 self._counters.parked += len(parked)
         return complete
 
     def _take_rows(self, link: ExpertLink, report: Report) -> Int64:
-        """Keep a report's rows in the table; the slots they are for. Rows of sequences that ended meanwhile, or at an
-        unexpected position, are left out; the latter leave the engine, to be added again."""
-        table, expert = self._table, link.index
-        slots = np.frombuffer(report.slots, np.int32).astype(np.int64)
-        positions = np.frombuffer(report.positions, np.int32)
-        self._note_cached(expert, report.cached_tokens)
-        placed = table.placed[slots, expert]
-        right = positions == table.prompt_lengths[slots, expert] + table.generated[slots]
-        if not (placed & ~right).any():
-            keep = placed
-        else:
-            keep = placed & right
-            misplaced = slots[placed & ~right]
-            table.placed[misplaced, expert] = False
-            self._drop[expert] += misplaced.tolist()
-            self._counters.position_faults += len(misplaced)
-        rows = len(slots)
-        if not rows:
-            return slots
-        table.keep_rows(
-            expert,
-            slots[keep],
-            np.frombuffer(report.ids, np.int32).reshape(rows, -1)[keep],
-            np.frombuffer(report.logprobs, np.float32).reshape(rows, -1)[keep],
-            np.frombuffer(report.exact, np.float32).reshape(rows, -1)[keep],
-            np.frombuffer(report.projected, np.float32).reshape(rows, -1)[keep],
+        """Keep a report's rows in the table; the slots they are for.
+
+        A sequence reported at an unexpected position leaves the engine, to be added again.
+        """
+        slots = np.frombuffer(report.slots, np.int32)
+        kept, misplaced = self._table.keep_rows(
+            link.index,
+            ExpertRows(
+                slots,
+                np.frombuffer(report.positions, np.int32),
+                np.frombuffer(report.ids, np.int32).reshape(len(slots), -1),
+                np.frombuffer(report.logprobs, np.float32).reshape(len(slots), -1),
+                np.frombuffer(report.exact, np.float32).reshape(len(slots), -1),
+                np.frombuffer(report.projected, np.float32).reshape(len(slots), -1),
+            ),
         )
-        return slots[keep]
+        if misplaced.size:
+            self._table.placed[misplaced, link.index] = False
+            self._drop[link.index] += misplaced.tolist()
+            self._counters.position_faults += len(misplaced)
+        for sequence, cached in report.cached_tokens.items():
+            self._table.note_cached(sequence, link.index, cached)
+        return kept
 
     def _draw(self, slots: Int64) -> Drawn:
         """Fuse and sample `slots`."""
-        with self._counters.phase("fuse"):
-            fused = self._fuser.fuse(self._table, slots)
-        with self._counters.phase("sample"):
-            columns = choose(self._scores(fused), self._table.rules(slots), self._uniforms(slots))
+        now = time.perf_counter()
+        fused = self._fuser.fuse(self._table, slots)
+        now = self._counters.lap("fuse", now)
+        positions = self._table.generated[slots]
+        numbers = uniforms(self._table.seeds[slots], positions)
+        columns = choose(fused.ids, self._scores(fused), self._table.rules(slots), numbers)
         tokens = np.maximum(fused.ids[np.arange(len(slots)), columns], 0)
-        wanted = np.flatnonzero(self._table.detailed[slots] & ~fused.lost)
+        wanted = np.flatnonzero(self._table.detailed[slots])
         detailed = [(int(row), int(self._table.top_logprobs[slots[row]])) for row in wanted]
+        self._counters.lap("sample", now)
         return Drawn(fused, columns, tokens, self._table.sequence[slots], detailed)
 
     def _scores(self, fused: Fused) -> Float32:
         """Fused log-probabilities after bias, min_tokens and penalties: float32[B, U]."""
-        table, slots = self._table, fused.slots
-        bias = np.zeros_like(fused.logprobs)
-        np.put_along_axis(bias, fused.exact_columns, table.exact_bias[slots], 1)
-        early = table.generated[slots] < table.min_tokens[slots]
-        scores = fused.logprobs + bias
+        table, slots, scores = self._table, fused.slots, fused.logprobs
+        if (bias := table.exact_bias[slots]).any():
+            shift = np.zeros_like(scores)
+            np.put_along_axis(shift, fused.exact_columns, bias, 1)
+            scores = scores + shift
+        early = np.asarray(table.generated[slots] < table.min_tokens[slots])
         if early.any():
             stops = np.zeros(scores.shape, bool)
             np.put_along_axis(stops, fused.exact_columns, table.exact_is_stop[slots], 1)
@@ -149,62 +156,62 @@ class Coordinator:
             scores = np.where(np.isfinite(held).any(axis=1, keepdims=True), held, scores)
         if (found := table.penalties(slots, fused.ids)) is not None:
             rows, penalties = found
+            scores = scores.copy()
             scores[rows] = penalise(scores[rows], penalties)
         return scores
 
-    def _uniforms(self, slots: Int64) -> np.ndarray:
-        return uniforms(self._table.seeds[slots], self._table.generated[slots])
-
-    def _count_barrier(self) -> None:
-        """Per engine: how long its step took, and how long it then waited for the slowest."""
-        reported = [link for link in self._links if link.report is not None]
-        last = max((link.arrived_at for link in reported), default=0.0)
-        for link in reported:
-            counters = self._counters.experts[link.index]
-            counters.barrier_wait_seconds += last - link.arrived_at
-            if link.report is not None:
-                counters.step_seconds.add(link.report.step_seconds)
-
-    def _count_tick(self, drawn: Drawn | None) -> None:
-        """A tick lasts from one start of the engines' steps to the next."""
-        now = time.perf_counter()
-        if drawn is not None:
-            self._counters.ticks += 1
-            self._counters.tick_seconds.add(now - self._step_started)
-        self._step_started = now
-
-    def _advance(self, drawn: Drawn) -> None:
-        """Append the chosen tokens to their sequences."""
-        self._table.advance(drawn.fused.slots, drawn.tokens)
-        self._token_of[drawn.fused.slots] = drawn.tokens
+    def _advance(self, drawn: Drawn) -> list[Ended]:
+        """Append the chosen tokens to their sequences and end those that are done; their terminal messages."""
+        table, slots = self._table, drawn.fused.slots
+        table.advance(slots, drawn.tokens)
+        self._token_of[slots] = drawn.tokens
         self._counters.tokens += len(drawn.tokens)
         self._counters.count_coefficients(drawn.fused.coefficients)
+        fates = _fates(
+            drawn.tokens,
+            slots,
+            table.exact_ids,
+            table.exact_is_stop,
+            table.generated,
+            table.max_tokens,
+            self._broken(drawn.fused),
+        )
+        return [self._finish(drawn, int(row), int(fates[row])) for row in np.flatnonzero(fates)]
+
+    def _broken(self, fused: Fused) -> Bool:
+        """bool[B]: rows that must not go on."""
+        if self._config.gate is not None and self._config.gate.on_failure == "fail":
+            return fused.lost | fused.ungated
+        return fused.lost
 
     def _step_engines(self) -> None:
         """Send every engine its tokens, drops, parks and adds: its next step starts, if anything is in it."""
+        lacking = self._table.lacking()
+        some_lacking = bool(lacking.any())
         for link in self._links:
             if link.up and not link.owes_report:
-                self._step_engine(link)
+                self._step_engine(link, np.flatnonzero(lacking[:, link.index]) if some_lacking else _NONE)
 
-    def _step_engine(self, link: ExpertLink) -> None:
+    def _step_engine(self, link: ExpertLink, lacking: Int64) -> None:
         table, expert = self._table, link.index
-        adds = self._adds(expert)
-        drop, self._drop[expert] = self._drop[expert], []
-        park, self._park[expert] = self._park[expert], []
-        if link.report is None and not (adds or drop or park):
+        adds = self._adds(expert, lacking) if lacking.size else []
+        if link.report is None and not (adds or self._drop[expert] or self._park[expert]):
             return
-        rows = np.frombuffer(link.report.slots, np.int32) if link.report is not None else np.zeros(0, np.int32)
-        table.placed[[add.slot for add in adds], expert] = True
-        steps = bool(table.placed[:, expert].any())
-        link.tick(self._counters.ticks, self._token_of[rows], drop, park, adds, steps=steps)
+        rows = _NO_SLOTS if link.report is None else np.frombuffer(link.report.slots, np.int32)
+        link.tick(
+            self._counters.ticks,
+            self._token_of[rows],
+            self._drop[expert],
+            self._park[expert],
+            adds,
+            steps=bool(table.placed[:, expert].any()),
+        )
+        self._drop[expert], self._park[expert] = [], []
 
-    def _adds(self, expert: int) -> list[Add]:
-        """The sequences that this engine needs and does not have, oldest first."""
+    def _adds(self, expert: int, slots: Int64) -> list[Add]:
+        """Place `slots` in an engine, oldest first."""
         table = self._table
-        lacking = table.active & table.expected[:, expert] & ~table.placed[:, expert] & ~table.reported[:, expert]
-        slots = np.flatnonzero(lacking)
-        if not slots.size:
-            return []
+        table.placed[slots, expert] = True
         return [self._add(slot, expert) for slot in slots[np.argsort(table.order[slots])].tolist()]
 
     def _add(self, slot: int, expert: int) -> Add:
@@ -222,32 +229,51 @@ class Coordinator:
             score=bool(table.needs_scores[slot] and not table.scored[slot, expert]),
         )
 
-    # --- sequences come and go ------------------------------------------------------------------------------------
+    def _emit(self, drawn: Drawn, ended: list[Ended]) -> None:
+        """Queue a tick's tokens and terminal messages for the api."""
+        sequences, tokens = drawn.sequences.tolist(), drawn.tokens.tolist()
+        if drawn.fused.lost.any():
+            good = np.flatnonzero(~drawn.fused.lost)
+            sequences, tokens = drawn.sequences[good].tolist(), drawn.tokens[good].tolist()
+        choices = {int(drawn.sequences[row]): _choice(drawn, row, count) for row, count in drawn.detailed}
+        self.outbox.append(Progress(sequences, tokens, choices))
+        self.outbox += ended
+
+    def _count_tick(self, drawn: Drawn | None) -> None:
+        """A tick lasts from one start of the engines' steps to the next; an engine that is done waits for the last."""
+        now = time.perf_counter()
+        if drawn is not None:
+            self._counters.ticks += 1
+            self._counters.tick_seconds.add(now - self._step_started)
+        self._step_started = now
+        last = max(link.arrived_at for link in self._links)
+        for link in self._links:
+            if link.report is not None:
+                counters = self._counters.experts[link.index]
+                counters.barrier_wait_seconds += last - link.arrived_at
+                counters.step_seconds.add(link.report.step_seconds)
+
+    # --- sequences come and go ---
 
     def submit(self, requests: list[SequenceRequest]) -> None:
         """Queue sequences, all or none; each ends in one `Ended`."""
-        if self.draining:
-            return self._refuse(requests, "the server is shutting down", "overloaded")
-        if problem := next((problem for request in requests if (problem := self._impossible(request))), None):
-            return self._refuse(requests, problem, "too_long")
-        if len(self._waiting) + len(requests) > self._config.limits.queue + self._free_slots():
-            return self._refuse(requests, "the queue is full", "overloaded")
-        for request in requests:
-            self._waiting.push(request)
-        return None
+        refused = ("the server is shutting down", "overloaded") if self.draining else self._admission.enqueue(requests)
+        if refused is not None:
+            for request in requests:
+                self._end(Ended(request.id, FinishReason.ERROR, message=refused[0], code=refused[1]))
 
     def abort(self, sequences: list[int]) -> None:
         """Stop sequences, in every engine within one tick."""
         for sequence in sequences:
-            if self._waiting.remove(sequence):
-                self._counters.finished[FinishReason.ABORT] += 1
-            elif (slot := self._table.slot_of.get(sequence)) is not None:
-                self._counters.finished[FinishReason.ABORT] += 1
+            slot = self._table.slot_of.get(sequence)
+            if slot is not None:
                 self._leave(slot)
+            if slot is not None or self._admission.waiting.remove(sequence):
+                self._counters.finished[FinishReason.ABORT] += 1
 
     def fail_all(self, message: str) -> None:
         """End everything that waits or runs with an error."""
-        for sequence in self._waiting.clear():
+        for sequence in self._admission.waiting.clear():
             self._end(Ended(sequence, FinishReason.ERROR, message=message, code="overloaded"))
         for slot in self._table.active_slots().tolist():
             self._fail(slot, message)
@@ -280,95 +306,25 @@ class Coordinator:
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._admission.waiting)
 
     @property
     def idle(self) -> bool:
-        return not self._table.requests and not len(self._waiting)
+        return not self.running and not self.waiting
 
-    def _admit(self) -> None:
-        """Start waiting sequences, oldest first, while there is room in every engine they need."""
-        while not self._table.full and (head := self._waiting.peek()) is not None:
-            order, request = head
-            expected = self._expected(request)
-            if not expected.any() or not self._has_room(request, expected):
-                return
-            self._waiting.pop()
-            scores = isinstance(request.policy, Perplexity)
-            slot = self._table.admit(
-                request, order=order, policy=self._fuser.policies.acquire(request.policy), expected=expected, scores=scores
-            )
-            self._table.max_tokens[slot] = min(request.max_tokens, self._context_left(request))
-
-    def _expected(self, request: SequenceRequest) -> np.ndarray:
-        """bool[E]: the experts that `request` will use. Where lost experts are done without, those that are up."""
-        expected = np.zeros(len(self._links), bool)
-        expected[participants(request.policy, self._names)] = True
-        if self._config.on_expert_loss == "degrade":
-            expected &= [link.up for link in self._links]
-        return expected
-
-    def _has_room(self, request: SequenceRequest, expected: np.ndarray) -> bool:
-        watermark = self._config.limits.kv_watermark
-        for link in self._links:
-            if expected[link.index] and link.info is not None:
-                held = self._table.kv_tokens(link.index, link.info.block_size)
-                if not fits(len(request.prompts[link.index]) + 1, held, link.info.kv_tokens, watermark):
-                    return False
-        return True
-
-    def _context_left(self, request: SequenceRequest) -> int:
-        """How many tokens can follow the prompt in every engine: its context, and its KV cache if it were alone."""
-        left = [
-            min(link.info.max_model_len, link.info.kv_tokens) - len(request.prompts[link.index])
-            for link in self._links
-            if link.info is not None and request.prompts[link.index]
-        ]
-        return min(left, default=0)
-
-    def _impossible(self, request: SequenceRequest) -> str | None:
-        """Why this request can never run, or None."""
-        for index in participants(request.policy, self._names):
-            if not request.prompts[index]:
-                return "the prompt is empty"
-        if self._context_left(request) < 1:
-            return "the prompt is too long for an expert's context or KV cache"
-        return None
-
-    def _free_slots(self) -> int:
-        return self._config.limits.sequences - self.running
-
-    def _end_finished(self, drawn: Drawn | None) -> list[Ended]:
-        """End the sequences that `drawn` finished; their terminal messages, to follow the token."""
-        if drawn is None:
-            return []
-        table, slots = self._table, drawn.fused.slots
-        stops = np.where(table.exact_is_stop[slots], table.exact_ids[slots], -1)
-        stopped = (stops == drawn.tokens[:, None]).any(axis=1)
-        broken = self._broken(drawn)
-        over = stopped | broken | (table.generated[slots] >= table.max_tokens[slots])
-        return [self._finish(drawn, row, bool(stopped[row]), bool(broken[row])) for row in np.flatnonzero(over)]
-
-    def _broken(self, drawn: Drawn) -> np.ndarray:
-        """bool[B]: rows that must not go on."""
-        if self._config.gate is not None and self._config.gate.on_failure == "fail":
-            return drawn.fused.lost | drawn.fused.ungated
-        return drawn.fused.lost
-
-    def _finish(self, drawn: Drawn, row: int, stopped: bool, broken: bool) -> Ended:
-        slot = int(drawn.fused.slots[row])
-        sequence = int(self._table.sequence[slot])
-        cached = self._table.cached[slot]
-        used = cached[cached >= 0]
-        if broken:
+    def _finish(self, drawn: Drawn, row: int, fate: int) -> Ended:
+        """End the sequence of a row; its terminal message, to follow its token."""
+        slot, sequence = int(drawn.fused.slots[row]), int(drawn.sequences[row])
+        if fate == _BROKEN:
             what = "no expert gave usable probabilities" if drawn.fused.lost[row] else "the gate failed"
             ended = Ended(sequence, FinishReason.ERROR, message=what)
         else:
+            stopped = fate == _STOPPED
             ended = Ended(
                 sequence,
                 FinishReason.STOP if stopped else FinishReason.LENGTH,
                 stop_token=int(drawn.tokens[row]) if stopped else None,
-                cached_tokens=int(used.min()) if used.size else 0,
+                cached_tokens=self._table.cached_tokens(slot),
             )
         self._counters.finished[ended.reason] += 1
         self._leave(slot)
@@ -379,6 +335,10 @@ class Coordinator:
         self._leave(slot)
         self._end(Ended(sequence, FinishReason.ERROR, message=message))
 
+    def _end(self, ended: Ended) -> None:
+        self._counters.finished[ended.reason] += 1
+        self.outbox.append(ended)
+
     def _leave(self, slot: int) -> None:
         """Take a sequence out of the table and out of every engine."""
         for expert in np.flatnonzero(self._table.expected[slot]).tolist():
@@ -386,33 +346,34 @@ class Coordinator:
         self._fuser.policies.release(int(self._table.policy[slot]))
         self._table.release(slot)
 
-    def _refuse(self, requests: list[SequenceRequest], message: str, code: str) -> None:
-        for request in requests:
-            self._end(Ended(request.id, FinishReason.ERROR, message=message, code=code))
 
-    def _end(self, ended: Ended) -> None:
-        self._counters.finished[ended.reason] += 1
-        self.outbox.append(ended)
+def _choice(drawn: Drawn, row: int, count: int) -> Choice:
+    """The chosen token's log-probability, the `count` best alternatives, and the coefficients."""
+    logprobs, ids = drawn.fused.logprobs[row], drawn.fused.ids[row]
+    best = np.argsort(-logprobs, kind="stable")[:count]
+    top = [(int(ids[column]), float(logprobs[column])) for column in best if np.isfinite(logprobs[column])]
+    return Choice(float(logprobs[drawn.columns[row]]), top, drawn.fused.coefficients[row].tolist())
 
-    def _note_cached(self, expert: int, cached_tokens: dict[int, int]) -> None:
-        for sequence, cached in cached_tokens.items():
-            slot = self._table.slot_of.get(sequence)
-            if slot is not None and self._table.cached[slot, expert] < 0:
-                self._table.cached[slot, expert] = cached
 
-    def _emit(self, drawn: Drawn | None, ended: list[Ended]) -> None:
-        """Queue a tick's tokens and terminal messages for the api."""
-        if drawn is None:
-            return
-        good, sequences = ~drawn.fused.lost, drawn.sequences
-        choices = {int(sequences[row]): self._choice(drawn, row, count) for row, count in drawn.detailed}
-        if good.any():
-            self.outbox.append(Progress(sequences[good].tolist(), drawn.tokens[good].tolist(), choices))
-        self.outbox += ended
-
-    def _choice(self, drawn: Drawn, row: int, count: int) -> Choice:
-        """The chosen token's log-probability, the `count` best alternatives, and the coefficients."""
-        logprobs, ids = drawn.fused.logprobs[row], drawn.fused.ids[row]
-        best = np.argsort(-logprobs, kind="stable")[:count]
-        top = [(int(ids[column]), float(logprobs[column])) for column in best if np.isfinite(logprobs[column])]
-        return Choice(float(logprobs[drawn.columns[row]]), top, drawn.fused.coefficients[row].tolist())
+@compiled
+def _fates(
+    tokens: Int32,
+    slots: Int64,
+    exact_ids: Int32,
+    is_stop: Bool,
+    generated: Int32,
+    max_tokens: Int32,
+    broken: Bool,
+) -> npt.NDArray[np.int8]:
+    """int8[B]: what becomes of each row's sequence after its token."""
+    fates = np.full(len(tokens), _GOES_ON, np.int8)
+    for row in range(len(tokens)):
+        slot = slots[row]
+        if generated[slot] >= max_tokens[slot]:
+            fates[row] = _TOO_LONG
+        for column in range(exact_ids.shape[1]):
+            if is_stop[slot, column] and exact_ids[slot, column] == tokens[row]:
+                fates[row] = _STOPPED
+        if broken[row]:
+            fates[row] = _BROKEN
+    return fates

@@ -7,7 +7,7 @@ about sequences.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import TypeVar
@@ -15,7 +15,6 @@ from typing import TypeVar
 import numpy as np
 
 from server.coordinator.fusion import Float32, Int32
-from server.errors import EngineError
 from server.messages import (
     Add,
     Bare,
@@ -26,13 +25,11 @@ from server.messages import (
     Load,
     Ready,
     Report,
-    Scored,
     Stop,
     Tick,
     ToExpert,
 )
-from server.transport import Channel, Poller, endpoint
-
+from server.transport import Channel, Selector, endpoint
 
 Answer = TypeVar("Answer", Gathered, BareDone)
 
@@ -60,13 +57,14 @@ class ExpertLink:
         self.arrived_at = 0.0
         self.channel: Channel[FromExpert, ToExpert] | None = None
 
-    def open(self, directory: Path, generation: int) -> None:
+    def open(self, directory: Path, generation: int) -> Channel[FromExpert, ToExpert]:
         """Listen for worker process number `generation`."""
-        self.close()
         self.generation = generation
         self.restarts += 1
         self.state = LinkState.STARTING
         self.channel = Channel(endpoint(directory, expert_socket(self.index, generation)), FromExpert, bind=True)
+        self.ticked_at = time.perf_counter()
+        return self.channel
 
     def close(self) -> None:
         """Forget the worker; what it still sends is lost."""
@@ -81,7 +79,9 @@ class ExpertLink:
     def up(self) -> bool:
         return self.state is LinkState.UP
 
-    def tick(self, number: int, tokens: Int32, drop: list[int], park: list[int], add: list[Add], *, steps: bool) -> None:
+    def tick(
+        self, number: int, tokens: Int32, drop: list[int], park: list[int], add: list[Add], *, steps: bool
+    ) -> None:
         """Send the next `Tick`. `steps`: the engine has sequences after it, so a report will come."""
         self.send(Tick(number, tokens.tobytes(), drop, park, add))
         self.report = None
@@ -92,55 +92,61 @@ class ExpertLink:
         if self.channel is not None:
             self.channel.send(message)
 
-    def receive(self) -> Iterator[FromExpert]:
-        """What has arrived. `Report`, `Load` and `Ready` update the link on the way."""
-        if self.channel is None:
-            return
-        for message in self.channel.drain():
-            if isinstance(message, Report):
-                self.report, self.owes_report = message, False
-                self.load = message.load
-                self.arrived_at = time.perf_counter()
-            elif isinstance(message, Load):
-                self.load = message
-            elif isinstance(message, Ready):
-                self.info, self.state = message, LinkState.UP
-            yield message
+    def note(self, message: FromExpert) -> None:
+        """Keep what a message says of the engine."""
+        if isinstance(message, Report):
+            self.report, self.owes_report = message, False
+            self.load = message.load
+            self.arrived_at = time.perf_counter()
+        elif isinstance(message, Load):
+            self.load = message
+        elif isinstance(message, Ready):
+            self.info, self.state = message, LinkState.UP
 
 
 class Experts:
     """All links.
 
-    `on_message` sees what is not part of the barrier: `Ready` and `Scored`.
+    `on_message` sees every message after its link has.
     """
 
-    def __init__(self, names: list[str], on_message: Callable[[ExpertLink, FromExpert], None]) -> None:
+    def __init__(
+        self,
+        names: list[str],
+        selector: Selector,
+        on_message: Callable[[ExpertLink, FromExpert], None],
+    ) -> None:
         self.links = [ExpertLink(index, name) for index, name in enumerate(names)]
+        self._selector = selector
         self._on_message = on_message
 
-    def poll(self) -> None:
-        """Take in what has arrived from every expert."""
-        for link in self.links:
-            for message in link.receive():
-                if isinstance(message, Ready | Scored):
-                    self._on_message(link, message)
+    def open(self, expert: int, directory: Path, generation: int) -> None:
+        """Listen for a worker process that was started."""
+        self.close(expert)
+        link = self.links[expert]
+        self._selector.register(link.open(directory, generation), lambda message: self._receive(link, message))
+
+    def close(self, expert: int) -> None:
+        """Forget a worker process."""
+        link = self.links[expert]
+        if link.channel is not None:
+            self._selector.unregister(link.channel)
+        link.close()
 
     def stepping(self) -> bool:
         """Whether any engine owes a report."""
         return any(link.owes_report for link in self.links)
 
-    def collect(self, wait: Callable[[float], None], time_limit: float) -> list[ExpertLink]:
-        """The barrier: return once every stepping engine has reported; the links that did not within `time_limit` seconds.
+    def collect(self, time_limit: float) -> list[ExpertLink]:
+        """The barrier: return once every stepping engine has reported; those that did not within `time_limit` seconds.
 
-        `wait(seconds)` blocks until something arrives on any of the coordinator's sockets.
+        Messages from everyone else are handled meanwhile.
         """
         deadline = time.perf_counter() + time_limit
-        self.poll()
         while self.stepping():
             if (left := deadline - time.perf_counter()) <= 0:
                 return [link for link in self.links if link.owes_report]
-            wait(left)
-            self.poll()
+            self._selector.dispatch(left)
         return []
 
     def gather(self, wanted: dict[int, tuple[Int32, Int32]], time_limit: float) -> dict[int, Float32]:
@@ -160,30 +166,28 @@ class Experts:
         """Run `request` in several engines at the same time: expert -> seconds of each step."""
         for expert in experts:
             self.links[expert].send(request)
-        seconds = {}
-        for expert in experts:
-            if (answer := self._await(expert, BareDone, time_limit)) is None:
-                raise EngineError(f"expert {self.links[expert].name} did not finish the bare run in {time_limit} s")
-            seconds[expert] = answer.step_seconds
-        return seconds
+        answers = {expert: self._await(expert, BareDone, time_limit) for expert in experts}
+        return {expert: answer.step_seconds for expert, answer in answers.items() if answer is not None}
 
     def stop(self) -> None:
         for link in self.links:
             link.send(Stop())
-            link.close()
+            self.close(link.index)
+
+    def _receive(self, link: ExpertLink, message: FromExpert) -> None:
+        link.note(message)
+        self._on_message(link, message)
 
     def _await(self, expert: int, kind: type[Answer], time_limit: float) -> Answer | None:
+        """An expert's next message of one kind, None after `time_limit` seconds."""
         link = self.links[expert]
         deadline = time.perf_counter() + time_limit
         while link.channel is not None and (left := deadline - time.perf_counter()) > 0:
-            poller = Poller([link.channel])
-            if not poller.wait(left):
-                break
-            for message in link.receive():
-                if isinstance(message, kind):
-                    return message
-                if isinstance(message, Scored):
-                    self._on_message(link, message)
+            message = link.channel.receive(left)
+            if isinstance(message, kind):
+                return message
+            if message is not None:
+                self._receive(link, message)
         return None
 
 

@@ -6,6 +6,7 @@ The only place where the pure arithmetic of `fusion` and `coefficients` meets th
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -13,18 +14,7 @@ from typing import Literal
 import numpy as np
 
 from server.coordinator.coefficients import Evidence, coefficients, plausible, space
-from server.coordinator.fusion import (
-    Bool,
-    Candidates,
-    Float32,
-    Int32,
-    Int64,
-    Table,
-    combine,
-    fill_tail,
-    tabulate,
-    union,
-)
+from server.coordinator.fusion import Bool, Float32, Int32, Int64, Table, combine, fill_tail, tabulate
 from server.coordinator.gate import Gate
 from server.coordinator.stats import Counters
 from server.coordinator.table import SequenceTable
@@ -77,21 +67,20 @@ class Fuser:
         ids, logprobs = table.ids[slots], table.logprobs[slots]
         available = table.expected[slots] & table.usable[slots]
         self._mask_unusable(table, slots, ids, logprobs, available)
-        candidates = union(ids, table.exact_ids[slots])
-        listed = tabulate(candidates, ids, logprobs, table.exact_logprobs[slots])
+        listed = tabulate(ids, logprobs, table.exact_ids[slots], table.exact_logprobs[slots], self._vocabulary)
         if self._missing == "exact":
-            listed = self._look_up_missing(table, slots, candidates, listed)
+            listed = self._look_up_missing(table, slots, listed)
         values = fill_tail(listed, logprobs[:, :, -1], self._vocabulary)
         gated, ungated = self._run_gate(table, slots, ids, logprobs)
         chosen, prob_space, allowed = self._apply_rules(table, slots, logprobs, values, available, gated)
-        fused = combine(values, listed.listed, candidates.ids, chosen, prob_space, allowed)
+        fused = combine(values, listed, chosen, prob_space, allowed)
         return Fused(
             slots=slots,
-            ids=candidates.ids,
+            ids=listed.ids,
             logprobs=fused,
             coefficients=chosen,
-            exact_columns=candidates.columns[:, ids.shape[1] * ids.shape[2] :],
-            lost=~np.isfinite(fused).any(axis=1),
+            exact_columns=listed.exact_columns,
+            lost=fused.max(axis=1) == -np.inf,
             ungated=ungated,
         )
 
@@ -105,38 +94,39 @@ class Fuser:
             counters.masked_rows += int((table.expected[slots, expert] & ~available[:, expert]).sum())
         ids[~available], logprobs[~available] = -1, -np.inf
 
-    def _look_up_missing(
-        self, table: SequenceTable, slots: Int64, candidates: Candidates, listed: Table
-    ) -> Table:
+    def _look_up_missing(self, table: SequenceTable, slots: Int64, found: Table) -> Table:
         """Ask each expert for the candidates that it did not list itself."""
-        wanted = {}
-        rows_of = {}
-        lacking = (~listed.listed & (candidates.ids >= 0)[:, None, :]).any(axis=2) & table.expected[slots]
-        for expert in np.flatnonzero(lacking.any(axis=0)).tolist():
-            rows = rows_of[expert] = np.flatnonzero(lacking[:, expert])
-            wanted[expert] = (slots[rows].astype(np.int32), np.ascontiguousarray(candidates.ids[rows]))
-        logprobs, known = listed.logprobs.copy(), listed.listed.copy()
-        for expert, answer in (self._look_up(wanted) if wanted else {}).items():
+        present = (found.ids >= 0)[:, None, :]
+        lacking = (~found.listed & present).any(axis=2) & table.expected[slots]
+        rows_of = {int(e): np.flatnonzero(lacking[:, e]) for e in np.flatnonzero(lacking.any(axis=0))}
+        if not rows_of:
+            return found
+        answers = self._look_up(
+            {e: (slots[rows].astype(np.int32), np.ascontiguousarray(found.ids[rows])) for e, rows in rows_of.items()}
+        )
+        logprobs, listed = found.logprobs.copy(), found.listed.copy()
+        for expert, answer in answers.items():
             rows = rows_of[expert]
-            logprobs[rows, expert] = np.where(known[rows, expert], logprobs[rows, expert], answer)
-            known[rows, expert] |= candidates.ids[rows] >= 0
-        return Table(logprobs, known)
+            logprobs[rows, expert] = np.where(listed[rows, expert], logprobs[rows, expert], answer)
+            listed[rows, expert] |= found.ids[rows] >= 0
+        return Table(found.ids, logprobs, listed, found.exact_columns)
 
-    def _run_gate(
-        self, table: SequenceTable, slots: Int64, ids: Int32, logprobs: Float32
-    ) -> tuple[Float32, Bool]:
+    def _run_gate(self, table: SequenceTable, slots: Int64, ids: Int32, logprobs: Float32) -> tuple[Float32, Bool]:
         """The gate's coefficients [B, E] for rows whose policy asks it (elsewhere 0), and where it failed."""
         gated = np.zeros(ids.shape[:2], np.float32)
         ungated = np.zeros(len(slots), bool)
-        asked = self.policies.where(needs_gate, table.policy[slots])
-        if self._gate is None or not asked.any():
+        if self._gate is None:
             return gated, ungated
+        asked = np.flatnonzero(self.policies.gated(table.policy[slots]))
+        if not asked.size:
+            return gated, ungated
+        started = time.perf_counter()
         rows = slots[asked]
-        with self._counters.phase("gate"):
-            output = self._gate(logprobs[asked], ids[asked], table.projected[rows], table.gate_state[rows])
+        output = self._gate(logprobs[asked], ids[asked], table.projected[rows], table.gate_state[rows])
         table.gate_state[rows] = output.state
         self._counters.gate_failures += int(output.failed.sum())
         gated[asked], ungated[asked] = output.coefficients, output.failed
+        self._counters.phase_seconds["gate"] += time.perf_counter() - started
         return gated, ungated
 
     def _apply_rules(
@@ -149,11 +139,12 @@ class Fuser:
         gated: Float32,
     ) -> tuple[Float32, Bool, Bool | None]:
         """(coefficients [B, E], rows in prob space [B], allowed candidates [B, U] or None), policy by policy."""
-        chosen = np.zeros(available.shape, np.float32)
+        chosen = np.empty(available.shape, np.float32)
         prob_space = np.zeros(len(slots), bool)
         allowed: Bool | None = None
-        for number, policy in self.policies.present(table.policy[slots]):
-            rows = np.flatnonzero(table.policy[slots] == number)
+        numbers = table.policy[slots]
+        for number, policy in self.policies.present(numbers):
+            rows = np.flatnonzero(numbers == number)
             evidence = Evidence(
                 logprobs[rows], available[rows], gated[rows], table.cross_entropy[slots[rows]], self._vocabulary
             )
@@ -194,7 +185,6 @@ class PolicyBook:
         """The policies among `numbers`."""
         return [(number, self._policy[number]) for number in set(numbers.tolist())]
 
-    def where(self, test: Callable[[Policy], bool], numbers: Int32) -> Bool:
-        """bool[B]: which of `numbers` [B] are policies that pass `test`."""
-        passing = [number for number, policy in self.present(numbers) if test(policy)]
-        return np.isin(numbers, passing)
+    def gated(self, numbers: Int32) -> Bool:
+        """bool[B]: which of `numbers` [B] are policies that ask the gate."""
+        return np.isin(numbers, [number for number, policy in self.present(numbers) if needs_gate(policy)])

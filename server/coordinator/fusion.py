@@ -1,4 +1,4 @@
-"""Fusion of several experts' truncated distributions over one vocabulary. Pure functions on NumPy arrays, batched over rows.
+"""Fusion of several experts' truncated distributions over one vocabulary. Pure functions on arrays, batched over rows.
 
 Letters: B rows, E experts, K top-k, X exact ids a row, U candidates a row, V vocabulary. Absent ids are -1, absent
 log-probabilities -inf. Log-probabilities are natural and normalised over the whole vocabulary by the expert itself:
@@ -12,70 +12,37 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from server.coordinator.compiled import compiled
+
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+UInt64 = npt.NDArray[np.uint64]
 Bool = npt.NDArray[np.bool_]
 
-_ABSENT = np.iinfo(np.int32).max
-_NO_MASS = 1e-9
+NO_MASS = 1e-9
 """Residual mass below float32's resolution of 1: what a top-k that holds everything leaves."""
 
 
 @dataclass(frozen=True, slots=True)
-class Candidates:
-    """The tokens that may be chosen.
+class Table:
+    """The tokens that may be chosen, and what each expert says of them.
 
-    `ids` int32[B, U]: unique and ascending in each row, then -1. `columns` int64[B, E*K + X]: where each id that went
-    in, experts first, exact ids last, stands in `ids`.
+    `ids` int32[B, U]: unique in each row, then -1 (at least one); `logprobs` float32[B, E, U]; `listed` bool[B, E, U]:
+    the expert itself gave the value; `exact_columns` int64[B, X]: where each row's exact ids stand.
     """
 
     ids: Int32
-    columns: Int64
-
-
-def union(ids: Int32, exact_ids: Int32) -> Candidates:
-    """Candidates of `ids` [B, E, K] and `exact_ids` [B, X]."""
-    rows = len(ids)
-    flat = np.concatenate([ids.reshape(rows, -1), exact_ids], axis=1)
-    flat = np.where(flat < 0, _ABSENT, flat)
-    order = np.argsort(flat, axis=1, kind="stable")
-    ascending = np.take_along_axis(flat, order, 1)
-    rank = np.zeros(flat.shape, np.int64)
-    np.cumsum(ascending[:, 1:] != ascending[:, :-1], axis=1, out=rank[:, 1:])
-    unique = np.full((rows, int(rank[:, -1].max()) + 1 if rows else 1), _ABSENT, np.int32)
-    np.put_along_axis(unique, rank, ascending, 1)
-    columns = np.empty_like(rank)
-    np.put_along_axis(columns, order, rank, 1)
-    return Candidates(np.where(unique == _ABSENT, np.int32(-1), unique), columns)
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Every expert's log-probability for every candidate: `logprobs` float32[B, E, U], `listed` bool[B, E, U].
-
-    `listed` says that the expert itself gave the value; where it did not, `fill_tail` estimates it.
-    """
-
     logprobs: Float32
     listed: Bool
+    exact_columns: Int64
 
 
-def tabulate(candidates: Candidates, ids: Int32, logprobs: Float32, exact_logprobs: Float32) -> Table:
-    """Spread `logprobs` [B, E, K] of `ids` [B, E, K], and `exact_logprobs` [B, E, X], over the candidates."""
-    rows, experts, k = ids.shape
-    shape = (rows, experts, candidates.ids.shape[1])
-    values, listed = np.full(shape, -np.inf, np.float32), np.zeros(shape, bool)
-    exact_columns = candidates.columns[:, experts * k :]
-    for expert in range(experts):
-        columns = candidates.columns[:, expert * k : (expert + 1) * k]
-        np.put_along_axis(values[:, expert], columns, logprobs[:, expert], 1)
-        np.put_along_axis(listed[:, expert], columns, ids[:, expert] >= 0, 1)
-        if exact_columns.shape[1]:
-            np.put_along_axis(values[:, expert], exact_columns, exact_logprobs[:, expert], 1)
-            np.put_along_axis(listed[:, expert], exact_columns, True, 1)
-    listed &= (candidates.ids >= 0)[:, None, :]
-    return Table(values, listed)
+def tabulate(ids: Int32, logprobs: Float32, exact_ids: Int32, exact_logprobs: Float32, vocabulary: int) -> Table:
+    """The union of `ids` [B, E, K] and `exact_ids` [B, X] with what is known: `logprobs` [B, E, K] and
+    `exact_logprobs` [B, E, X]. What an expert did not list is -inf."""
+    return Table(*_tabulate(ids, logprobs, exact_ids, exact_logprobs, vocabulary))
 
 
 def fill_tail(table: Table, smallest: Float32, vocabulary: int) -> Float32:
@@ -84,53 +51,132 @@ def fill_tail(table: Table, smallest: Float32, vocabulary: int) -> Float32:
     `smallest` [B, E] is the last log-probability of each expert's top-k. The estimate is log min(k-th probability,
     residual mass / number of unlisted tokens): the first bounds every unlisted token, the second is their mean.
     """
-    listed = np.where(table.listed, table.logprobs, -np.inf)
-    residual = np.maximum(1.0 - np.exp(listed).sum(axis=2, dtype=np.float64), _NO_MASS)
-    unseen = np.maximum(vocabulary - table.listed.sum(axis=2), 1)
-    tail = np.minimum(smallest, np.log(residual / unseen)).astype(np.float32)
-    return np.where(table.listed, table.logprobs, tail[:, :, None])
+    return _fill_tail(table.logprobs, table.listed, smallest, vocabulary)
 
 
 def combine(
-    values: Float32, listed: Bool, ids: Int32, coefficients: Float32, prob_space: Bool, allowed: Bool | None = None
+    values: Float32, table: Table, coefficients: Float32, prob_space: Bool, allowed: Bool | None = None
 ) -> Float32:
     """Fused log-probabilities float32[B, U], normalised over the candidates; -inf where a token cannot be chosen.
 
-    `values`, `listed` [B, E, U]; `ids` [B, U]; `coefficients` [B, E]; `prob_space` [B]: which rows mix probabilities,
-    sum_i w_i p_i, rather than log-probabilities, sum_i c_i log p_i. `allowed` [B, U] masks further.
+    `values` [B, E, U]; `coefficients` [B, E]; `prob_space` [B]: which rows mix probabilities, sum_i w_i p_i, rather
+    than log-probabilities, sum_i c_i log p_i. `allowed` [B, U] masks further.
 
     A candidate that an expert with a negative coefficient did not list has no upper bound, so it is masked.
     """
-    used = (coefficients != 0)[:, :, None]
-    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        weighted = np.where(used, coefficients[:, :, None] * values, np.float32(0))
-        fused = weighted.sum(axis=1)
-        if prob_space.any():
-            mixed = np.log(np.where(used, coefficients[:, :, None] * np.exp(values), np.float32(0)).sum(axis=1))
-            fused = np.where(prob_space[:, None], mixed, fused)
-    possible = ids >= 0
-    if (coefficients < 0).any():
-        possible &= ((coefficients >= 0)[:, :, None] | (listed & np.isfinite(values))).all(axis=1)
-    if allowed is not None:
-        possible &= allowed
-    return normalise(np.where(possible & ~np.isnan(fused), fused, np.float32(-np.inf)))
+    mask = table.ids >= 0 if allowed is None else (table.ids >= 0) & allowed
+    return _combine(values, table.listed, mask, coefficients, prob_space)
 
 
-def normalise(scores: Float32) -> Float32:
-    """Log-softmax over the last axis; a row of -inf stays one."""
-    best = scores.max(axis=-1, keepdims=True)
-    best = np.where(np.isfinite(best), best, np.float32(0))
-    shifted = scores - best
-    with np.errstate(divide="ignore"):
-        return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-
-
+@compiled
 def entropy(logprobs: Float32, vocabulary: int) -> Float32:
-    """Entropy in nats float32[B, E] of top-k lists [B, E, K], the unlisted mass spread evenly over the unlisted tokens."""
-    p = np.exp(logprobs)
-    listed = -np.where(p > 0, p * np.where(p > 0, logprobs, 0), 0).sum(axis=2)
-    residual = np.clip(1.0 - p.sum(axis=2), 0.0, 1.0)
-    unseen = max(vocabulary - logprobs.shape[2], 1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        rest = np.where(residual > 0, -residual * np.log(residual / unseen), 0)
-    return (listed + rest).astype(np.float32)
+    """Entropy in nats float32[B, E] of top-k lists [B, E, K], the unlisted mass spread over the unlisted tokens."""
+    rows, experts, k = logprobs.shape
+    result = np.zeros((rows, experts), np.float32)
+    for row in range(rows):
+        for expert in range(experts):
+            total, mass = 0.0, 0.0
+            for rank in range(k):
+                logprob = logprobs[row, expert, rank]
+                if logprob > -np.inf:
+                    mass += np.exp(logprob)
+                    total -= np.exp(logprob) * logprob
+            residual = 1.0 - mass
+            if residual > NO_MASS:
+                total -= residual * np.log(residual / max(vocabulary - k, 1))
+            result[row, expert] = total
+    return result
+
+
+@compiled
+def _tabulate(
+    ids: Int32, logprobs: Float32, exact_ids: Int32, exact_logprobs: Float32, vocabulary: int
+) -> tuple[Int32, Float32, Bool, Int64]:
+    rows, experts, k = ids.shape
+    exact = exact_ids.shape[1]
+    width = experts * k + exact + 1  # the last column stays empty: absent exact ids point there
+    unique = np.full((rows, width), -1, np.int32)
+    values = np.full((rows, experts, width), -np.inf, np.float32)
+    listed = np.zeros((rows, experts, width), np.bool_)
+    columns = np.full((rows, exact), width - 1, np.int64)
+    column_of = np.full(vocabulary, -1, np.int64)
+    for row in range(rows):
+        count = 0
+        for expert in range(experts):
+            for rank in range(k):
+                token = ids[row, expert, rank]
+                if token < 0:
+                    continue
+                if column_of[token] < 0:
+                    column_of[token] = count
+                    unique[row, count] = token
+                    count += 1
+                values[row, expert, column_of[token]] = logprobs[row, expert, rank]
+                listed[row, expert, column_of[token]] = True
+        for index in range(exact):
+            token = exact_ids[row, index]
+            if token < 0:
+                continue
+            if column_of[token] < 0:
+                column_of[token] = count
+                unique[row, count] = token
+                count += 1
+            columns[row, index] = column_of[token]
+            for expert in range(experts):
+                values[row, expert, column_of[token]] = exact_logprobs[row, expert, index]
+                listed[row, expert, column_of[token]] = True
+        for column in range(count):
+            column_of[unique[row, column]] = -1
+    return unique, values, listed, columns
+
+
+@compiled
+def _fill_tail(logprobs: Float32, listed: Bool, smallest: Float32, vocabulary: int) -> Float32:
+    values = logprobs.copy()
+    rows, experts, candidates = logprobs.shape
+    for row in range(rows):
+        for expert in range(experts):
+            mass, seen = 0.0, 0
+            for column in range(candidates):
+                if listed[row, expert, column]:
+                    mass += np.exp(logprobs[row, expert, column])
+                    seen += 1
+            mean = max(1.0 - mass, NO_MASS) / max(vocabulary - seen, 1)
+            tail = min(smallest[row, expert], np.float32(np.log(mean)))
+            for column in range(candidates):
+                if not listed[row, expert, column]:
+                    values[row, expert, column] = tail
+    return values
+
+
+@compiled
+def _combine(values: Float32, listed: Bool, allowed: Bool, coefficients: Float32, prob_space: Bool) -> Float32:
+    rows, experts, candidates = values.shape
+    fused = np.full((rows, candidates), -np.inf, np.float32)
+    for row in range(rows):
+        best = -np.inf
+        for column in range(candidates):
+            if not allowed[row, column]:
+                continue
+            score = 0.0
+            for expert in range(experts):
+                coefficient, value = coefficients[row, expert], values[row, expert, column]
+                if coefficient == 0:
+                    continue
+                if coefficient < 0 and not (listed[row, expert, column] and value > -np.inf):
+                    score = np.nan
+                elif prob_space[row]:
+                    score += coefficient * np.exp(value)
+                else:
+                    score += coefficient * value
+            if prob_space[row]:
+                score = np.log(score) if score > 0 else -np.inf
+            if score > -np.inf:  # false for NaN too
+                fused[row, column] = score
+                best = max(best, score)
+        if best > -np.inf:
+            total = 0.0
+            for column in range(candidates):
+                total += np.exp(fused[row, column] - best)
+            fused[row] -= best + np.log(total)
+    return fused

@@ -13,6 +13,7 @@ from server.coordinator.fuser import Fuser, LookUp
 from server.coordinator.gate import Gate, load_gate
 from server.coordinator.stats import Counters
 from server.coordinator.table import SequenceTable
+from server.coordinator.warmup import warm_up
 from server.errors import StartError
 from server.messages import (
     Abort,
@@ -27,6 +28,7 @@ from server.messages import (
     FromExpert,
     FromSupervisor,
     GetStats,
+    Ready,
     RestartExpert,
     RunBare,
     Scored,
@@ -37,7 +39,7 @@ from server.messages import (
     ToApi,
     ToSupervisor,
 )
-from server.transport import Channel, Poller, endpoint
+from server.transport import Channel, Selector, endpoint
 
 API_SOCKET = "api"
 CONTROL_SOCKET = "control"
@@ -59,11 +61,13 @@ class CoordinatorProcess:
     def __init__(self, config: Config, directory: Path) -> None:
         self._config = config
         self._directory = directory
+        self._selector = Selector()
         self._api: Channel[FromApi, ToApi] = Channel(endpoint(directory, API_SOCKET), FromApi, bind=True)
         self._control: Channel[FromSupervisor, ToSupervisor] = Channel(
             endpoint(directory, CONTROL_SOCKET), FromSupervisor, bind=True
         )
-        self._experts = Experts(config.expert_names, self._on_expert_message)
+        self._selector.register(self._control, self._on_control)
+        self._experts = Experts(config.expert_names, self._selector, self._on_expert)
         self._counters = Counters(len(config.experts))
         self._coordinator: Coordinator | None = None
         self._status: Status | None = None
@@ -71,80 +75,71 @@ class CoordinatorProcess:
         self._stopped = False
 
     def run(self) -> None:
+        warm_up()
         while not self._stopped and not all(link.up for link in self._experts.links):
-            self._wait(_IDLE_SECONDS)
-            self._experts.poll()
-            self._take_control_messages()
+            self._selector.dispatch(_IDLE_SECONDS)
         if not self._stopped:
-            self._coordinator = self._build()
-            self._control.send(CoordinatorReady())
-        while not self._stopped:
-            self._serve_tick(self._coordinator)
+            self._serve()
         self._api.send(Stop())
         self._experts.stop()
 
-    def _serve_tick(self, coordinator: Coordinator | None) -> None:
-        """Await every engine's report (or, with none stepping, any message), hear the others, run a tick."""
-        if coordinator is None:
+    def _serve(self) -> None:
+        """Tick until stopped."""
+        coordinator = self._coordinator = self._build()
+        self._selector.register(self._api, self._on_api)
+        self._control.send(CoordinatorReady())
+        self._send_status()
+        while not self._stopped:
+            if self._experts.stepping():
+                self._await_reports()
+            else:
+                self._selector.dispatch(_IDLE_SECONDS)
+                self._watch_starts()
+            coordinator.tick()
+            self._watch_drain(coordinator)
+            for message in coordinator.outbox:
+                self._api.send(message)
+            coordinator.outbox.clear()
+
+    def _await_reports(self) -> None:
+        """The barrier. An engine that does not report in time is given up."""
+        started = time.perf_counter()
+        limit = self._config.limits.tick_seconds
+        for link in self._experts.collect(limit):
+            self._give_up(link, f"no answer for {limit:g} s")
+        self._counters.lap("engine", started)
+
+    # --- what arrives ---
+
+    def _on_control(self, message: FromSupervisor) -> None:
+        match message:
+            case ExpertUp(expert=expert, generation=generation):
+                self._experts.open(expert, self._directory, generation)
+                self._send_status()
+            case ExpertDown(expert=expert, generation=generation):
+                self._lose(self._experts.links[expert], generation)
+            case Drain(grace_seconds=grace):
+                self._start_drain(grace)
+            case Stop():
+                self._stopped = True
+
+    def _on_api(self, message: FromApi) -> None:
+        if (coordinator := self._coordinator) is None:
             return
-        self._send_status(coordinator)
-        if self._experts.stepping():
-            with self._counters.phase("engine"):
-                late = self._experts.collect(self._wait, self._config.limits.tick_seconds)
-            for link in late:
-                self._give_up(link, f"no answer for {self._config.limits.tick_seconds:g} s")
-        else:
-            self._wait(_IDLE_SECONDS)
-            self._experts.poll()
-        self._take_control_messages()
-        self._take_api_messages(coordinator)
-        self._watch_starts()
-        coordinator.tick()
-        self._watch_drain(coordinator)
-        for message in coordinator.outbox:
-            self._api.send(message)
-        coordinator.outbox.clear()
+        match message:
+            case Submit(sequences=sequences):
+                coordinator.submit(sequences)
+            case Abort(sequences=sequences):
+                coordinator.abort(sequences)
+            case GetStats():
+                self._api.send(self._stats(coordinator))
+            case RunBare(experts=experts, bare=bare):
+                self._api.send(BareTimes(self._experts.bare(experts, bare, self._config.limits.start_seconds)))
 
-    def _wait(self, seconds: float) -> None:
-        """Block until something arrives on any socket."""
-        poller = Poller([self._api, self._control])
-        for link in self._experts.links:
-            if link.channel is not None:
-                poller.add(link.channel)
-        poller.wait(seconds)
-        self._take_control_messages()
-
-    # --- what arrives ---------------------------------------------------------------------------------------------
-
-    def _take_control_messages(self) -> None:
-        for message in self._control.drain():
-            match message:
-                case ExpertUp(expert=expert, generation=generation):
-                    link = self._experts.links[expert]
-                    link.open(self._directory, generation)
-                    link.ticked_at = time.perf_counter()
-                case ExpertDown(expert=expert, generation=generation):
-                    self._lose(self._experts.links[expert], generation)
-                case Drain(grace_seconds=grace):
-                    self._start_drain(grace)
-                case Stop():
-                    self._stopped = True
-
-    def _take_api_messages(self, coordinator: Coordinator) -> None:
-        for message in self._api.drain():
-            match message:
-                case Submit(sequences=sequences):
-                    coordinator.submit(sequences)
-                case Abort(sequences=sequences):
-                    coordinator.abort(sequences)
-                case GetStats():
-                    self._api.send(self._stats(coordinator))
-                case RunBare(experts=experts, bare=bare):
-                    seconds = self._experts.bare(experts, bare, self._config.limits.start_seconds)
-                    self._api.send(BareTimes(seconds))
-
-    def _on_expert_message(self, link: ExpertLink, message: FromExpert) -> None:
-        if isinstance(message, Scored) and self._coordinator is not None:
+    def _on_expert(self, link: ExpertLink, message: FromExpert) -> None:
+        if isinstance(message, Ready):
+            self._send_status()
+        elif isinstance(message, Scored) and self._coordinator is not None:
             self._coordinator.note_scores(link, message)
 
     # --- experts come and go --------------------------------------------------------------------------------------
@@ -152,9 +147,10 @@ class CoordinatorProcess:
     def _lose(self, link: ExpertLink, generation: int) -> None:
         if generation != link.generation or link.state is LinkState.DOWN:
             return
-        link.close()
+        self._experts.close(link.index)
         if self._coordinator is not None:
             self._coordinator.lose_expert(link)
+        self._send_status()
 
     def _give_up(self, link: ExpertLink, message: str) -> None:
         """An expert hangs: have its process replaced."""
@@ -168,8 +164,10 @@ class CoordinatorProcess:
             if link.state is LinkState.STARTING and waited > self._config.limits.start_seconds:
                 self._give_up(link, f"not ready after {self._config.limits.start_seconds:g} s")
 
-    def _send_status(self, coordinator: Coordinator) -> None:
+    def _send_status(self) -> None:
         """Tell the api what changed."""
+        if (coordinator := self._coordinator) is None:
+            return
         states = {link.name: link.state.value for link in self._experts.links}
         enough = any if self._config.on_expert_loss == "degrade" else all
         ready = enough(link.up for link in self._experts.links) and not coordinator.draining
@@ -186,6 +184,7 @@ class CoordinatorProcess:
             self._control.send(Drained())
         else:
             self._coordinator.draining = True
+            self._send_status()
 
     def _watch_drain(self, coordinator: Coordinator) -> None:
         if self._drain_until is None:
@@ -194,7 +193,6 @@ class CoordinatorProcess:
             coordinator.fail_all("the server is shutting down")
         if coordinator.idle:
             self._drain_until = None
-            self._send_status(coordinator)
             self._control.send(Drained())
 
     # --- construction ---------------------------------------------------------------------------------------------
@@ -205,7 +203,9 @@ class CoordinatorProcess:
         infos = [link.info for link in self._experts.links if link.info is not None]
         vocabularies = {info.vocab_size for info in infos}
         if len(vocabularies) != 1:
-            sizes = ", ".join(f"{name}: {info.vocab_size}" for name, info in zip(config.expert_names, infos, strict=True))
+            sizes = ", ".join(
+                f"{name}: {info.vocab_size}" for name, info in zip(config.expert_names, infos, strict=True)
+            )
             raise StartError(f"the experts' vocabularies differ in size ({sizes})")
         vocabulary = vocabularies.pop()
         gate = self._load_gate([info.hidden_size for info in infos])
@@ -257,8 +257,8 @@ class CoordinatorProcess:
             name=link.name,
             up=link.up,
             restarts=link.restarts,
-            weight=counters.share.snapshot(),
-            decisive_tokens=counters.decisive,
+            weight=self._counters.shares(link.index),
+            decisive_tokens=self._counters.decisive(link.index),
             step_seconds=counters.step_seconds.snapshot(),
             barrier_wait_seconds=counters.barrier_wait_seconds,
             kv_used=link.load.kv_used if link.load else 0.0,

@@ -1,4 +1,4 @@
-"""Draws one token a row from the fused distribution: bias, penalties, temperature, min_p, top_k, top_p, in vLLM's order.
+"""Draws one token a row from the fused distribution: penalties, temperature, min_p, top_k, top_p, in vLLM's order.
 
 Batched over rows. The random number of a row depends on its seed and position alone (a counter-based generator), so a
 sequence gives the same text alone, in a batch, and after a restart.
@@ -11,12 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from server.coordinator.fusion import Bool, Float32, Int32, Int64, normalise
-
-Float64 = npt.NDArray[np.float64]
-UInt64 = npt.NDArray[np.uint64]
+from server.coordinator.compiled import compiled
+from server.coordinator.fusion import Bool, Float32, Float64, Int32, Int64, UInt64
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,58 +55,82 @@ def penalise(logprobs: Float32, penalties: Penalties) -> Float32:
     )
 
 
-def choose(scores: Float32, rules: Rules, uniforms: Float64) -> Int64:
+def choose(ids: Int32, scores: Float32, rules: Rules, uniforms: Float64) -> Int64:
     """Column int64[B] of the token drawn in each row of `scores` [B, U] (log-probabilities, -inf: impossible).
 
-    `uniforms` float64[B] in [0, 1). Temperature 0 takes the first maximum.
+    `uniforms` float64[B] in [0, 1). Temperature 0 takes the maximum, of equals the one with the lowest of `ids`
+    [B, U]. Draws go through the candidates in the order of their ids, so the order in which experts listed them
+    does not matter.
     """
-    best = scores.argmax(axis=1)
-    drawn = rules.temperature > 0
-    if not drawn.any():
-        return best
-    temperature = np.where(drawn, rules.temperature, np.float32(1))
-    probabilities = np.exp(normalise(scores / temperature[:, None]).astype(np.float64))
-    probabilities = _truncate(probabilities, rules)
-    cumulative = probabilities.cumsum(axis=1)
-    points = uniforms * cumulative[:, -1]
-    picked = np.minimum((cumulative <= points[:, None]).sum(axis=1), scores.shape[1] - 1)
-    return np.where(drawn, picked, best)
+    return _choose(ids, scores, rules.temperature, rules.top_p, rules.top_k, rules.min_p, uniforms)
 
 
-def _truncate(probabilities: Float64, rules: Rules) -> Float64:
-    """Zero what min_p, top_k and top_p leave out, in this order; rows [B, U] need not sum to 1 afterwards."""
-    if (rules.min_p > 0).any():
-        floor = rules.min_p * probabilities.max(axis=1)
-        probabilities = np.where(probabilities >= floor[:, None], probabilities, 0)
-    limited = (rules.top_k > 0) & (rules.top_k < probabilities.shape[1])
-    if not (limited | (rules.top_p < 1)).any():
-        return probabilities
-    order = np.argsort(-probabilities, axis=1, kind="stable")
-    descending = np.take_along_axis(probabilities, order, 1)
-    ranks = np.arange(descending.shape[1])
-    limit = np.where(limited, rules.top_k, descending.shape[1])
-    descending = np.where(ranks < limit[:, None], descending, 0)
-    total = descending.sum(axis=1, keepdims=True)
-    before = descending.cumsum(axis=1) - descending
-    descending = np.where(before < rules.top_p[:, None] * total, descending, 0)
-    kept = np.empty_like(descending)
-    np.put_along_axis(kept, order, descending, 1)
-    return kept
-
-
+@compiled
 def uniforms(seeds: UInt64, positions: Int32) -> Float64:
     """float64[B] in [0, 1): the `positions`-th number of each stream `seeds`.
 
     SplitMix64's output function (Steele, Lea, Flood 2014), applied to the seed first so that neighbouring seeds do
     not give shifted copies of one stream.
     """
-    with np.errstate(over="ignore"):
-        mixed = _mix(_mix(seeds) + (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
-    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    result = np.empty(len(seeds), np.float64)
+    for row in range(len(seeds)):
+        step = np.uint64(positions[row]) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = _mix(_mix(seeds[row]) + step)
+        result[row] = np.float64(mixed >> np.uint64(11)) * 2.0**-53
+    return result
 
 
-def _mix(x: UInt64) -> UInt64:
+@compiled
+def _mix(x: np.uint64) -> np.uint64:
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+@compiled
+def _choose(
+    ids: Int32, scores: Float32, temperature: Float32, top_p: Float32, top_k: Int32, min_p: Float32, uniforms: Float64
+) -> Int64:
+    chosen = np.zeros(len(scores), np.int64)
+    for row in range(len(scores)):
+        best = 0
+        for column in range(scores.shape[1]):
+            ahead = scores[row, column] - scores[row, best]
+            if ahead > 0 or (ahead == 0 and ids[row, column] < ids[row, best]):
+                best = column
+        chosen[row] = best
+        if temperature[row] <= 0 or scores[row, best] == -np.inf:
+            continue
+        heat = np.float64(temperature[row])
+        probabilities = np.exp((scores[row].astype(np.float64) - scores[row, best]) / heat)
+        _truncate(probabilities, top_p[row], top_k[row], min_p[row])
+        point = uniforms[row] * probabilities.sum()
+        reached = 0.0
+        for column in np.argsort(ids[row]):
+            if probabilities[column] > 0:
+                reached += probabilities[column]
+                chosen[row] = column
+                if reached > point:
+                    break
+    return chosen
+
+
+@compiled
+def _truncate(probabilities: Float64, top_p: float, top_k: int, min_p: float) -> None:
+    """Zero what min_p, top_k and top_p leave out, in this order, of unnormalised probabilities [U]."""
+    if min_p > 0:
+        floor = min_p * probabilities.max()
+        probabilities[probabilities < floor] = 0
+    if top_p >= 1 and not 0 < top_k < len(probabilities):
+        return
+    order = np.argsort(-probabilities, kind="mergesort")
+    if 0 < top_k < len(probabilities):
+        probabilities[order[top_k:]] = 0
+    if top_p < 1:
+        limit, before = top_p * probabilities.sum(), 0.0
+        for column in order:
+            kept = before < limit
+            before += probabilities[column]
+            if not kept:
+                probabilities[column] = 0

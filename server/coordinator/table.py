@@ -8,11 +8,31 @@ Letters: S slots, E experts, K top-k, X exact ids, d projected size, T generated
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import dataclass
 
-from server.coordinator.fusion import Bool, Float32, Int32, Int64
-from server.coordinator.sampling import Penalties, Rules, UInt64
+import numpy as np
+import numpy.typing as npt
+
+from server.coordinator.compiled import compiled
+from server.coordinator.fusion import Bool, Float32, Int32, Int64, UInt64
+from server.coordinator.sampling import Penalties, Rules
 from server.request import SequenceRequest
+
+
+_KEPT, _MISPLACED = 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRows:
+    """One expert's report as arrays: `slots`, `positions` int32[B], `ids` int32[B, K], `logprobs` float32[B, K],
+    `exact` float32[B, X'], `projected` float32[B, d'] (d' is 0 or d)."""
+
+    slots: Int32
+    positions: Int32
+    ids: Int32
+    logprobs: Float32
+    exact: Float32
+    projected: Float32
 
 
 class SequenceTable:
@@ -72,15 +92,18 @@ class SequenceTable:
     def active_slots(self) -> Int64:
         return np.flatnonzero(self.active)
 
-    def admit(self, request: SequenceRequest, *, order: int, policy: int, expected: Bool, scores: bool) -> int:
-        """Give `request` a slot. `order`: its rank, lower is older; `policy`: a number the caller groups rows by."""
+    def admit(
+        self, request: SequenceRequest, *, order: int, policy: int, expected: Bool, scores: bool, max_tokens: int
+    ) -> int:
+        """Give `request` a slot. `order`: its rank, lower is older; `policy`: a number the caller groups rows by;
+        `expected` bool[E]: the experts it needs; `scores`: it also needs their cross-entropy of the prompt."""
         slot = self._free.pop()
         self.requests[slot] = request
         self.slot_of[request.id] = slot
         self.sequence[slot], self.order[slot], self.policy[slot] = request.id, order, policy
         self.active[slot] = True
         self.generated[slot] = 0
-        self.max_tokens[slot], self.min_tokens[slot] = request.max_tokens, request.min_tokens
+        self.max_tokens[slot], self.min_tokens[slot] = max_tokens, request.min_tokens
         self.needs_scores[slot] = scores
         self.detailed[slot] = request.top_logprobs is not None or request.expert_weights
         self.top_logprobs[slot] = request.top_logprobs or 0
@@ -105,6 +128,17 @@ class SequenceTable:
         self.active[slot] = self.placed[slot] = self.reported[slot] = self.expected[slot] = False
         self._free.append(slot)
 
+    def note_cached(self, sequence: int, expert: int, tokens: int) -> None:
+        """Prompt tokens that an engine found in its prefix cache; only the first prefill counts."""
+        slot = self.slot_of.get(sequence)
+        if slot is not None and self.cached[slot, expert] < 0:
+            self.cached[slot, expert] = tokens
+
+    def cached_tokens(self, slot: int) -> int:
+        """Prompt tokens that every engine found in its prefix cache."""
+        known = self.cached[slot][self.cached[slot] >= 0]
+        return int(known.min()) if known.size else 0
+
     def exact_ids_of(self, slot: int) -> list[int]:
         """The ids whose log-probability every row of this sequence carries."""
         row = self.exact_ids[slot]
@@ -115,17 +149,33 @@ class SequenceTable:
         generated = self._tokens[slot, : self.generated[slot]]
         return self.requests[slot].prompts[expert] + [int(token) for token in generated]
 
-    def keep_rows(
-        self, expert: int, slots: Int64, ids: Int32, logprobs: Float32, exact: Float32, projected: Float32
-    ) -> None:
-        """Keep an expert's rows for the current positions of `slots` [B]."""
-        self.ids[slots, expert, : ids.shape[1]] = ids
-        self.logprobs[slots, expert, : ids.shape[1]] = logprobs
-        self.exact_logprobs[slots, expert, : exact.shape[1]] = exact
-        if projected.size:
-            self.projected[slots, expert] = projected
-        self.reported[slots, expert] = True
-        self.usable[slots, expert] = (logprobs[:, :1] > -np.inf).all(axis=1) & ~np.isnan(logprobs).any(axis=1)
+    def keep_rows(self, expert: int, rows: ExpertRows) -> tuple[Int64, Int64]:
+        """Keep an expert's rows for the current positions; (slots kept, slots reported at another position).
+
+        Rows of sequences that are no longer in that engine are left out of both.
+        """
+        verdicts = _keep_rows(
+            expert,
+            rows.slots,
+            rows.positions,
+            rows.ids,
+            rows.logprobs,
+            rows.exact,
+            rows.projected,
+            self.placed,
+            self.prompt_lengths,
+            self.generated,
+            self.ids,
+            self.logprobs,
+            self.exact_logprobs,
+            self.projected,
+            self.reported,
+            self.usable,
+        )
+        slots = rows.slots.astype(np.int64)
+        if (verdicts == _KEPT).all():
+            return slots, slots[:0]
+        return slots[verdicts == _KEPT], slots[verdicts == _MISPLACED]
 
     def lose(self, expert: int, slots: Int64) -> None:
         """Go on without an expert in `slots`: forget its row and expect no more."""
@@ -133,12 +183,13 @@ class SequenceTable:
         self.ids[slots, expert], self.logprobs[slots, expert] = -1, -np.inf
 
     def complete(self) -> Int64:
-        """Slots, oldest first, of the sequences for which every expected expert's row is there."""
-        ready = self.active & (self.reported | ~self.expected).all(axis=1) & self.expected.any(axis=1)
-        if self.needs_scores.any():
-            ready &= ~self.needs_scores | (self.scored | ~self.expected).all(axis=1)
-        slots = np.flatnonzero(ready)
-        return slots[np.argsort(self.order[slots], kind="stable")]
+        """Slots, oldest first, of the sequences for which every expected expert's row (and score) is there."""
+        slots = _complete(self.active, self.expected, self.reported, self.needs_scores, self.scored)
+        return slots if len(slots) < 2 else slots[np.argsort(self.order[slots], kind="stable")]
+
+    def lacking(self) -> Bool:
+        """bool[S, E]: sequences that an engine needs and does not have."""
+        return np.asarray(self.active[:, None] & self.expected & ~self.placed & ~self.reported)
 
     def advance(self, slots: Int64, tokens: Int32) -> None:
         """Append one token to each of `slots`; their rows are used up."""
@@ -155,9 +206,6 @@ class SequenceTable:
     def penalties(self, slots: Int64, candidates: Int32) -> tuple[Int64, Penalties] | None:
         """(which of the rows have penalties, theirs), None if none has. `candidates` int32[B, U]."""
         return self._penalties.look_up(slots, candidates)
-
-    def seeds_of(self, slots: Int64) -> UInt64:
-        return self.seeds[slots]
 
     def kv_tokens(self, expert: int, block_size: int) -> int:
         """KV-cache tokens, in whole blocks, that the running sequences hold or will hold in one engine."""
@@ -181,9 +229,7 @@ class SequenceTable:
         self.exact_ids = np.pad(self.exact_ids, ((0, 0), (0, columns)), constant_values=-1)
         self.exact_bias = np.pad(self.exact_bias, ((0, 0), (0, columns)))
         self.exact_is_stop = np.pad(self.exact_is_stop, ((0, 0), (0, columns)))
-        self.exact_logprobs = np.pad(
-            self.exact_logprobs, ((0, 0), (0, 0), (0, columns)), constant_values=-np.inf
-        )
+        self.exact_logprobs = np.pad(self.exact_logprobs, ((0, 0), (0, 0), (0, columns)), constant_values=-np.inf)
 
 
 class _PenaltyTable:
@@ -242,3 +288,58 @@ class _PenaltyTable:
         self._free.extend(range(old, old + new))
 
 
+@compiled
+def _keep_rows(
+    expert: int,
+    slots: Int32,
+    positions: Int32,
+    ids: Int32,
+    logprobs: Float32,
+    exact: Float32,
+    projected: Float32,
+    placed: Bool,
+    prompt_lengths: Int32,
+    generated: Int32,
+    table_ids: Int32,
+    table_logprobs: Float32,
+    table_exact: Float32,
+    table_projected: Float32,
+    reported: Bool,
+    usable: Bool,
+) -> npt.NDArray[np.int8]:
+    """A verdict int8[B] for each row; kept rows are copied into the table."""
+    verdicts = np.zeros(len(slots), np.int8)
+    for row in range(len(slots)):
+        slot = slots[row]
+        if not placed[slot, expert]:
+            continue
+        if positions[row] != prompt_lengths[slot, expert] + generated[slot]:
+            verdicts[row] = _MISPLACED
+            continue
+        verdicts[row] = _KEPT
+        table_ids[slot, expert, : ids.shape[1]] = ids[row]
+        table_logprobs[slot, expert, : ids.shape[1]] = logprobs[row]
+        table_exact[slot, expert, : exact.shape[1]] = exact[row]
+        table_projected[slot, expert, : projected.shape[1]] = projected[row]
+        reported[slot, expert] = True
+        usable[slot, expert] = ids.shape[1] > 0 and logprobs[row, 0] > -np.inf and not np.isnan(logprobs[row]).any()
+    return verdicts
+
+
+@compiled
+def _complete(active: Bool, expected: Bool, reported: Bool, needs_scores: Bool, scored: Bool) -> Int64:
+    """Slots whose every expected expert has reported, and been scored where that is needed."""
+    slots = np.empty(len(active), np.int64)
+    count = 0
+    for slot in range(len(active)):
+        if not active[slot]:
+            continue
+        awaited = ready = 0
+        for expert in range(expected.shape[1]):
+            if expected[slot, expert]:
+                awaited += 1
+                ready += reported[slot, expert] and (scored[slot, expert] or not needs_scores[slot])
+        if awaited and ready == awaited:
+            slots[count] = slot
+            count += 1
+    return slots[:count]

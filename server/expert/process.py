@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,8 @@ def run(config: Config, expert: int, generation: int, directory: Path, cpus: Seq
     if cpus:
         os.sched_setaffinity(0, cpus)
     os.environ.update(environment(chosen, cpus))
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    warnings.simplefilter("ignore")  # what torch and vLLM warn of at import is not our user's to mend
 
     import torch
 

@@ -194,6 +194,7 @@ def _engine_args(expert: ExpertConfig, model: str, max_sequences: int) -> Engine
         "enable_chunked_prefill": True,
         "skip_tokenizer_init": True,
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
     }
     return EngineArgs(**(chosen | expert.engine_args | required))
 

@@ -191,5 +191,3 @@ def _int32_bytes(tensor: torch.Tensor) -> bytes:
 
 def _float32_bytes(tensor: torch.Tensor) -> bytes:
     return tensor.float().cpu().numpy().tobytes()
-
-

@@ -44,16 +44,13 @@ def records(responses=40, length=4, seed=0):
     count = responses * length
     right = torch.randint(0, VOCABULARY - 1, (count,), generator=generator)
     knows = torch.randint(0, len(EXPERTS), (count,), generator=generator)
-    wanted = torch.where(torch.arange(len(EXPERTS)) == knows.unsqueeze(1), 0, 1) + right.unsqueeze(
-        1
-    )  # [N, E]
+    wanted = torch.where(torch.arange(len(EXPERTS)) == knows.unsqueeze(1), 0, 1) + right.unsqueeze(1)  # [N, E]
     logits = torch.randn(count, len(EXPERTS), VOCABULARY, generator=generator)
     logits.scatter_(2, wanted.unsqueeze(2), 6.0)
     best = logits.log_softmax(-1).topk(8)
     signal = torch.nn.functional.one_hot(knows, len(EXPERTS)).float()
     hidden = [
-        torch.cat((3 * signal, torch.randn(count, size - len(EXPERTS), generator=generator)), dim=1)
-        for size in HIDDEN
+        torch.cat((3 * signal, torch.randn(count, size - len(EXPERTS), generator=generator)), dim=1) for size in HIDDEN
     ]
     rewards = (torch.arange(responses) % 2).float()
     tokens = torch.where(rewards.repeat_interleave(length) == 1, right, right + 1)

@@ -57,10 +57,7 @@ def test_answers_by_skill():
 
 @pytest.mark.parametrize("domain", tasks.DOMAINS)
 def test_examples_stay_on_their_side_and_differ_from_the_guess(domain):
-    drawn = {
-        test: [tasks.MAKERS[domain](random.Random(seed), test) for seed in range(300)]
-        for test in (False, True)
-    }
+    drawn = {test: [tasks.MAKERS[domain](random.Random(seed), test) for seed in range(300)] for test in (False, True)}
     assert not {e.prompt for e in drawn[False]} & {e.prompt for e in drawn[True]}
     assert all(part.right != part.naive for e in drawn[True] for part in e.parts)
     assert all(len(e.prompt) <= 60 and len(e.answer()) <= 17 for e in drawn[False] + drawn[True])

@@ -1,4 +1,5 @@
-"""A model directory without a model, and a deployment of two experts over it: bytes are tokens, eight ids are special."""
+"""A model directory without a model, and a deployment of two experts over it: bytes are tokens, eight ids are
+special."""
 
 from __future__ import annotations
 
@@ -31,9 +32,7 @@ def byte_symbols() -> list[str]:
 
 
 def byte_tokenizer() -> Tokenizer:
-    core = Tokenizer(
-        models.BPE(vocab={symbol: byte for byte, symbol in enumerate(byte_symbols())}, merges=[])
-    )
+    core = Tokenizer(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(byte_symbols())}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])

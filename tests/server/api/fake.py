@@ -1,4 +1,5 @@
-"""A coordinator without experts: it speaks the real messages over a real socket and says what a test tells it to say."""
+"""A coordinator without experts: it speaks the real messages over a real socket and says what a test tells it
+to say."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ class Script:
 
 
 class FakeCoordinator:
-    """Bind it, then `run` it. `submitted` and `aborted` are what the api asked for; `running` what still runs."""
+    """Bind it, then `run` it. `submitted` and `aborted` are what the api asked for; `running` what still
+    runs."""
 
     def __init__(self, address: str) -> None:
         self._channel: AsyncChannel[FromApi, ToApi] = AsyncChannel(address, FromApi, bind=True)
@@ -132,9 +134,7 @@ def _ended(script: Script, sequence: SequenceRequest, plan: list[int]) -> Ended:
     return Ended(sequence.id, FinishReason.LENGTH, cached_tokens=script.cached)
 
 
-def failure(
-    code: str = "", message: str = "the expert 'math' was lost"
-) -> Callable[[SequenceRequest], Ended]:
+def failure(code: str = "", message: str = "the expert 'math' was lost") -> Callable[[SequenceRequest], Ended]:
     return lambda sequence: Ended(sequence.id, FinishReason.ERROR, message=message, code=code)
 
 

@@ -121,9 +121,7 @@ async def test_continue_final_message(api: Served) -> None:
 
 
 async def test_template_arguments(api: Served) -> None:
-    await api.chat(
-        model="duo:math", chat_template_kwargs={"enable_thinking": False}, add_generation_prompt=False
-    )
+    await api.chat(model="duo:math", chat_template_kwargs={"enable_thinking": False}, add_generation_prompt=False)
     assert api.fake.submitted[0].prompts[0] == ids("<|bos|><|user|>Hi<|end|>False")
     for name in ("tokenize", "tools", "chat_template", "messages"):
         fault = (await api.chat(chat_template_kwargs={name: "x"})).json()["error"]
@@ -160,9 +158,7 @@ async def test_seeds_wrap_and_differ_without_one(api: Served) -> None:
 
 async def test_logprobs(api: Served) -> None:
     api.fake.script = Script(tokens=lambda _: [*"é".encode(), END])
-    answer = await api.openai.chat.completions.create(
-        model="duo", messages=USER, logprobs=True, top_logprobs=2
-    )
+    answer = await api.openai.chat.completions.create(model="duo", messages=USER, logprobs=True, top_logprobs=2)
     entries = answer.choices[0].logprobs.content
     assert answer.choices[0].message.content == "é"
     assert [entry.bytes for entry in entries] == [[0xC3], [0xA9], list(b"<|end|>")]
@@ -211,10 +207,8 @@ async def test_returned_token_ids(api: Served) -> None:
     lines = await events(await api.chat(return_token_ids=True, stream=True))
     chunks = [json.loads(line) for line in lines[:-1]]
     assert chunks[0]["prompt_token_ids"] == answer["prompt_token_ids"]
-    assert sum((chunk["choices"][0].get("token_ids", []) for chunk in chunks), []) == [
-        *ids("Hello, world!"),
-        END,
-    ]
+    streamed = [token for chunk in chunks for token in chunk["choices"][0].get("token_ids", [])]
+    assert streamed == [*ids("Hello, world!"), END]
 
 
 async def test_stop_string(api: Served) -> None:

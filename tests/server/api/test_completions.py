@@ -34,33 +34,18 @@ async def test_the_default_length_is_sixteen(api: Served) -> None:
 )
 async def test_every_form_of_prompt(api: Served, prompt: list[object], prompts: list[list[int]]) -> None:
     answer = (await api.complete(prompt=prompt, n=2, seed=5)).json()
-    assert [sequence.prompts[0] for sequence in api.fake.submitted] == [
-        ids for ids in prompts for _ in range(2)
-    ]
+    assert [sequence.prompts[0] for sequence in api.fake.submitted] == [ids for ids in prompts for _ in range(2)]
     assert [sequence.sampling.seed for sequence in api.fake.submitted] == [5, 6] * len(prompts)
     assert [choice["index"] for choice in answer["choices"]] == list(range(2 * len(prompts)))
     assert answer["usage"]["prompt_tokens"] == sum(map(len, prompts))
 
 
-@pytest.mark.parametrize(
-    "prompt",
-    [
-        "",
-        [],
-        [""],
-        [[]],
-        [-1],
-        [2**63],
-        [2**70],
-        [VOCABULARY],
-        [1, "a"],
-        [True],
-        [[1], "a"],
-        [[VOCABULARY]],
-        [["a"]],
-    ]
-    + [1, {}, ["a"] * 2000, [1] * CONTEXT, "x" * 20_000, [1.5], ["a", None]],
-)
+NO_IDS = [[-1], [2**63], [2**70], [VOCABULARY], [[VOCABULARY]], [True], [1.5], [1] * CONTEXT]
+MIXED = [[1, "a"], [[1], "a"], [["a"]], ["a", None]]
+EMPTY = ["", [], [""], [[]]]
+
+
+@pytest.mark.parametrize("prompt", [*NO_IDS, *MIXED, *EMPTY, 1, {}, ["a"] * 2000, "x" * 20_000])
 async def test_what_is_no_prompt(api: Served, prompt: object) -> None:
     answer = await api.complete(prompt=prompt)
     assert answer.status_code == 400

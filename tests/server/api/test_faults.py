@@ -18,9 +18,11 @@ CHAT = "/v1/chat/completions"
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"null", b"5", b"[]", b'"x"', b"{", b"\xff\xfe", b"[" * 200_000, b'{"messages":' + b"[" * 200_000]
-    + [b'{"temperature": NaN}', b'{"temperature": Infinity}', b'{"temperature": 1e999}', b'{"a": "\\ud800"}']
-    + [b'{"seed": ' + b"9" * 10_000 + b"}"],
+    [
+        *(b"", b"null", b"5", b"[]", b'"x"', b"{", b"\xff\xfe", b"[" * 200_000, b'{"messages":' + b"[" * 200_000),
+        *(b'{"temperature": NaN}', b'{"temperature": Infinity}', b'{"temperature": 1e999}', b'{"a": "\\ud800"}'),
+        b'{"seed": ' + b"9" * 10_000 + b"}",
+    ],
     ids=lambda body: repr(body[:20]),
 )
 async def test_bodies_that_are_no_request(api: Served, body: bytes) -> None:
@@ -75,13 +77,11 @@ async def test_a_header_that_never_ends(api: Served, monkeypatch: pytest.MonkeyP
     assert await raw(api, b"GET / HTTP/1.1\r\nhost: ") == b""
 
 
-@pytest.mark.parametrize(
-    "content", ["a\x00b", "\U0001f600" * 100, "\ufdd0", "\u202e", "<|end|>" * 20, "\ue000"]
-)
+@pytest.mark.parametrize("content", ["a\x00b", "\U0001f600" * 100, "\ufdd0", "\u202e", "<|end|>" * 20, "\ue000"])
 async def test_strange_text(api: Served, content: str) -> None:
     answer = await api.chat(messages=[{"role": "user", "content": content}])
     assert answer.status_code == 200
-    assert ids("<|user|>")[0] not in content.encode()
+    assert list(content.encode()) == api.fake.submitted[0].prompts[0][2:-2]
 
 
 async def test_a_megabyte_in_one_word(api: Served) -> None:
@@ -105,7 +105,8 @@ async def test_request_ids(api: Served) -> None:
         answer = await api.http.get("/version", headers={"x-request-id": bad})
         assert len(answer.headers["x-request-id"]) == 32
     assert len((await api.http.get("/nothing")).headers["x-request-id"]) == 32
-    assert (await api.chat()).headers["x-request-id"] in (await api.chat()).json()["id"] or True
+    answer = await api.chat()
+    assert answer.json()["id"] == f"chatcmpl-{answer.headers['x-request-id']}"
 
 
 async def test_an_expert_is_lost(api: Served) -> None:
@@ -134,9 +135,7 @@ async def test_a_client_that_leaves_a_stream(api: Served) -> None:
         async for _ in response.aiter_bytes():
             break
     await api.fake.idle()
-    assert [sorted(numbers) for numbers in api.fake.aborts] == [
-        [sequence.id for sequence in api.fake.submitted]
-    ]
+    assert [sorted(numbers) for numbers in api.fake.aborts] == [[sequence.id for sequence in api.fake.submitted]]
 
 
 async def test_clients_that_leave_before_the_first_token(api: Served) -> None:
@@ -162,7 +161,7 @@ async def test_keep_alive_comments(api: Served) -> None:
 async def test_a_client_that_stops_reading(api: Served) -> None:
     api.fake.script = Script(tokens=lambda _: list(b"x" * 400), pause=0.001)
     body = json.dumps({"prompt": "Hi", "stream": True, "n": 16, "max_tokens": 400, "logprobs": 20}).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
     reader, writer = await asyncio.open_connection("127.0.0.1", api.port, limit=1024)
     writer.transport.pause_reading()
     writer.write(head % len(body) + body)
@@ -186,8 +185,9 @@ async def test_draining_and_stopping(tmp_path) -> None:
         running = asyncio.create_task(server.chat(stream=True))
         await server.fake.busy()
         await server.fake.status(ready=False, draining=True)
-        while (await server.http.get("/health/ready")).status_code != 503:
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(5):
+            while (await server.http.get("/health/ready")).status_code != 503:
+                await asyncio.sleep(0.01)
         late = await server.chat()
         assert late.status_code == 503 and "shutting down" in late.json()["error"]["message"]
         await asyncio.sleep(0.1)

@@ -48,10 +48,7 @@ async def test_metrics(api: Served) -> None:
     assert 'polylogit_tick_seconds_bucket{le="1.0"} 3.0' in lines
     assert 'polylogit_tick_seconds_bucket{le="+Inf"} 6.0' in lines
     assert 'polylogit_expert_kv_used_ratio{expert="math"} 0.25' in lines
-    assert any(
-        line.startswith('polylogit_http_requests_total{outcome="client_error",route="other"}')
-        for line in lines
-    )
+    assert any(line.startswith('polylogit_http_requests_total{outcome="client_error",route="other"}') for line in lines)
     chat = 'polylogit_http_requests_total{outcome="ok",route="/v1/chat/completions"}'
     assert any(line.startswith(chat) for line in lines)
     assert any(line.startswith("polylogit_time_to_first_token_seconds_count") for line in lines)

@@ -1,0 +1,44 @@
+"""Deployments of real engines, each started once and shared. Everything in this folder is marked `e2e`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from server.config import parse_config
+from server.local import LocalDeployment
+from tests.e2e import demo, gates
+from tests.oracle.reference import Reference
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.e2e)
+
+
+@pytest.fixture(scope="session")
+def reference() -> Reference:
+    return Reference([demo.model(name) for name in demo.EXPERTS])
+
+
+@pytest.fixture(scope="session")
+def whole_gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A gate over lists that hold the whole vocabulary."""
+    return gates.build(
+        tmp_path_factory.mktemp("gate") / "whole.pt",
+        experts=demo.EXPERTS,
+        tokenizer=demo.model("math") / "tokenizer.json",
+        top_k=demo.VOCABULARY,
+    )
+
+
+@pytest.fixture(scope="session")
+def whole(whole_gate: Path) -> Iterator[LocalDeployment]:
+    """Three experts, top_k the size of the vocabulary: nothing is truncated, so fusion must be exact."""
+    limits = {"sequences": 64, "queue": 4096}
+    data = demo.configuration(top_k=demo.VOCABULARY, gate={"file": str(whole_gate)}, limits=limits)
+    with LocalDeployment(parse_config(data, directory=demo.DEMO)) as deployment:
+        yield deployment

@@ -1,0 +1,74 @@
+"""The api as the supervisor starts it: a process of its own that no signal ends, only the coordinator."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+
+from tests.server.api.deployment import write_model
+from tests.server.api.fake import FakeCoordinator
+
+CONFIG = """
+name: solo
+experts: [{name: math, model: model}]
+"""
+CODE = """
+import socket, sys
+from pathlib import Path
+from server.api.process import run
+from server.config import load_config
+run(load_config(Path(sys.argv[1])), sys.argv[2], socket.socket(fileno=int(sys.argv[3])))
+assert not {"torch", "vllm", "transformers"} & set(sys.modules)
+"""
+
+
+def start(folder: Path, listener: socket.socket) -> subprocess.Popen[str]:
+    (folder / "solo.yaml").write_text(CONFIG)
+    arguments = [str(folder / "solo.yaml"), f"ipc://{folder}/api", str(listener.fileno())]
+    return subprocess.Popen(
+        [sys.executable, "-c", CODE, *arguments], pass_fds=[listener.fileno()], stderr=subprocess.PIPE, text=True
+    )
+
+
+async def test_serves_until_stop(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        fake = FakeCoordinator(f"ipc://{tmp_path}/api")
+        running = asyncio.create_task(fake.run())
+        process = start(tmp_path, listener)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener.listen()
+    try:
+        await fake.status()
+        async with httpx.AsyncClient(base_url=url, timeout=20) as http:
+            assert (await http.get("/health/live")).is_success
+            os.kill(process.pid, signal.SIGTERM)
+            os.kill(process.pid, signal.SIGINT)
+            body = {"messages": [{"role": "user", "content": "Hi"}]}
+            answer = await http.post("/v1/chat/completions", json=body)
+            assert answer.json()["choices"][0]["message"]["content"] == "Hello, world!"
+        await fake.stop()
+        _, errors = await asyncio.to_thread(process.communicate, timeout=10)
+        assert (process.returncode, errors) == (0, "")
+    finally:
+        process.kill()
+        process.wait()
+        running.cancel()
+        fake.close()
+
+
+async def test_one_line_when_it_cannot_start(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        process = start(tmp_path, listener)
+        _, errors = await asyncio.to_thread(process.communicate, timeout=20)
+    assert process.returncode == 1
+    assert errors.startswith("polylogit: ") and errors.count("\n") == 1
