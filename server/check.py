@@ -1,4 +1,5 @@
-"""Everything about a deployment that can be known without loading weights: `polylogit check`, and the first act of `serve`."""
+"""Everything about a deployment that can be known without loading weights: `polylogit check`, and the first act of
+`serve`."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from pathlib import Path
@@ -65,10 +66,9 @@ def _serve(options: argparse.Namespace) -> int:
     check(config)
 
     def announce(url: str) -> None:
-        print(
-            f"{config.name} is ready on {url} ({', '.join(config.expert_names)} fused by {config.default_policy})",
-            flush=True,
-        )
+        body = json.dumps({"messages": [{"role": "user", "content": config.example_prompt}]})
+        print(f"{config.name} is ready on {url} ({', '.join(config.expert_names)}; fused by {config.default_policy})")
+        print(f"Try:\n  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'", flush=True)
 
     Supervisor(config, announce).run()
     return 0

@@ -1,5 +1,5 @@
-"""The deployment's configuration: one YAML file, read into frozen structs. Unknown keys are errors that name the nearest
-known key. Knows nothing of engines; `server.check` looks at the files that a configuration names.
+"""The deployment's configuration: one YAML file, read into frozen structs. Unknown keys are errors that name the
+nearest known key. Knows nothing of engines; `server.check` looks at the files that a configuration names.
 
 Relative paths are relative to the configuration file.
 """
@@ -94,7 +94,8 @@ class Config(_Struct, frozen=True):
     """A deployment. `policies` are offered under their names; `default_policy` answers for the deployment's own name.
 
     `missing`: the log-probability of a token outside an expert's top-k: "tail" estimates it, "exact" asks the expert.
-    `on_expert_loss`: running sequences "wait" for the restart, go on without the expert ("degrade"), or "fail".
+    `example_prompt` is what the curl line printed at start asks. `on_expert_loss`: running sequences "wait" for the
+    restart, go on without the expert ("degrade"), or "fail".
     """
 
     name: Name
@@ -105,6 +106,7 @@ class Config(_Struct, frozen=True):
     missing: Literal["tail", "exact"] = "tail"
     gate: GateConfig | None = None
     on_expert_loss: Literal["wait", "degrade", "fail"] = "wait"
+    example_prompt: str = "Hello!"
     limits: Limits = Limits()
     http: HttpConfig = HttpConfig()
     directory: str = "."

@@ -34,7 +34,7 @@ from server.messages import (
     ToSupervisor,
 )
 from server.request import SequenceRequest
-from server.supervisor import Child, expert_cpus, run_coordinator, run_expert, spawn
+from server.supervisor import Child, run_coordinator, spawn, start_expert
 from server.transport import Channel, endpoint
 
 _END_SECONDS = 15.0
@@ -68,10 +68,9 @@ class LocalDeployment:
             endpoint(path, "control"), ToSupervisor, bind=False
         )
         self._children = [spawn("coordinator", run_coordinator, self._config, path)]
-        for index, cpus in enumerate(expert_cpus(self._config)):
-            name = f"expert {self._config.experts[index].name}"
+        for index in range(len(self._config.experts)):
             self._control.send(ExpertUp(index, 0))
-            self._children.append(spawn(name, run_expert, self._config, index, 0, path, cpus))
+            self._children += start_expert(self._config, index, 0, path)
         try:
             self._await_ready()
         except BaseException:

@@ -100,7 +100,8 @@ class Status(Message, frozen=True, tag="Status"):
 
 
 class Histogram(Message, frozen=True, tag="Histogram"):
-    """Cumulative histogram since start: `counts[i]` observations in (bounds[i-1], bounds[i]], one more past the last."""
+    """Cumulative histogram since start: `counts[i]` observations in (bounds[i-1], bounds[i]], one more past the
+    last."""
 
     bounds: list[float]
     counts: list[int]
@@ -152,9 +153,10 @@ class Stats(Message, frozen=True, tag="Stats"):
 class Add(Message, frozen=True, tag="Add"):
     """Put a sequence into the engine before its next step.
 
-    `slot` names the sequence on this socket while it is there, `sequence` for ever; `tokens` are its prompt and the tokens generated so
-    far; rows report position len(tokens) first. `exact_ids` are ids whose log-probability every row must carry.
-    `temperature` divides this expert's logits. `score`: also answer with `Scored` for the tokens themselves.
+    `slot` names the sequence on this socket while it is there, `sequence` for ever; `tokens` are its prompt and the
+    tokens generated so far; rows report position len(tokens) first. `exact_ids` are ids whose log-probability every
+    row must carry. `temperature` divides this expert's logits. `score`: also answer with `Scored` for the tokens
+    themselves.
     """
 
     slot: int
@@ -167,8 +169,8 @@ class Add(Message, frozen=True, tag="Add"):
 
 
 class Tick(Message, frozen=True, tag="Tick"):
-    """Run one step. `tokens` (int32[B]) are for the rows of the last `Report`, in its order; then `drop` and `park` take
-    effect, then `add`. A row that nothing was decided for gets any valid token: its slot is dropped or parked.
+    """Run one step. `tokens` (int32[B]) are for the rows of the last `Report`, in its order; then `drop` and `park`
+    take effect, then `add`. A row that nothing was decided for gets any valid token: its slot is dropped or parked.
 
     A parked sequence leaves the engine like a dropped one, but may still be asked for by `Gather` until it is added
     again or dropped.

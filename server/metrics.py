@@ -156,7 +156,7 @@ def expert_families(experts: Sequence[ExpertStats]) -> Iterator[Metric]:
     }
     counters: dict[str, tuple[str, Callable[[ExpertStats], float]]] = {
         "restarts": ("Restarts of the worker.", lambda expert: expert.restarts),
-        "decisive_tokens": ("Tokens that another expert would not have chosen.", lambda e: e.decisive_tokens),
+        "decisive_tokens": ("Tokens for which its share was the largest.", lambda e: e.decisive_tokens),
         "barrier_wait_seconds": ("Time it waited for slower experts.", lambda e: e.barrier_wait_seconds),
         "preemptions": ("Preemptions in the engine.", lambda expert: expert.preemptions),
         "masked_rows": ("Rows without a usable distribution.", lambda expert: expert.masked_rows),
@@ -171,7 +171,7 @@ def expert_families(experts: Sequence[ExpertStats]) -> Iterator[Metric]:
         for expert in experts:
             counter.add_metric([expert.name], value(expert))
         yield counter
-    weight = _histogram("polylogit_expert_weight", "Fusion coefficient for each token.", "expert")
+    weight = _histogram("polylogit_expert_weight", "Its share of the coefficients, for each token.", "expert")
     steps = _histogram("polylogit_expert_step_seconds", "Duration of an engine step.", "expert")
     for expert in experts:
         _add(weight, [expert.name], expert.weight)

@@ -1,5 +1,5 @@
-"""The supervisor: starts every process by name, waits for them with a time limit, replaces a dead expert, and shuts down
-in order (stop admitting, drain, abort, reap). The process that `polylogit serve` is.
+"""The supervisor: starts every process by name, waits for them with a time limit, replaces a dead expert, and shuts
+down in order (stop admitting, drain, abort, reap). The process that `polylogit serve` is.
 
 Children send at most one line over a pipe: why they end. Everything else goes through the coordinator's sockets.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import logging
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from server.config import Config
+from server.config import Config, ExpertConfig
 from server.errors import PolylogitError, StartError
 from server.messages import (
     CoordinatorReady,
@@ -38,6 +39,7 @@ from server.messages import (
     Stop,
     ToSupervisor,
 )
+from server.placement import Placement
 from server.transport import Channel, endpoint
 
 log = logging.getLogger("polylogit")
@@ -69,7 +71,7 @@ class Supervisor:
     def __init__(self, config: Config, on_ready: Callable[[str], None]) -> None:
         self._config = config
         self._on_ready = on_ready
-        self._experts: dict[int, Child] = {}
+        self._experts: dict[int, list[Child]] = {}  # one process for each tensor-parallel rank
         self._generation = [0] * len(config.experts)
         self._restart_at: dict[int, float] = {}
         self._restarts: list[deque[float]] = [deque() for _ in config.experts]
@@ -115,17 +117,8 @@ class Supervisor:
 
     def _start_expert(self, expert: int) -> None:
         generation = self._generation[expert]
-        name = self._config.experts[expert].name
         self._control.send(ExpertUp(expert, generation))
-        self._experts[expert] = spawn(
-            f"expert {name}",
-            run_expert,
-            self._config,
-            expert,
-            generation,
-            self._directory,
-            expert_cpus(self._config)[expert],
-        )
+        self._experts[expert] = start_expert(self._config, expert, generation, self._directory)
 
     # --- run ------------------------------------------------------------------------------------------------------
 
@@ -147,9 +140,9 @@ class Supervisor:
         for child in (self._coordinator, self._api):
             if not child.process.is_alive():
                 raise StartError(f"{child.name}: {child.last_words()}")
-        for expert, child in list(self._experts.items()):
-            if not child.process.is_alive():
-                self._bury_expert(expert, child)
+        for expert, ranks in list(self._experts.items()):
+            if dead := [child for child in ranks if not child.process.is_alive()]:
+                self._bury_expert(expert, dead[0])
         for expert, due in list(self._restart_at.items()):
             if time.monotonic() >= due and not self._stopping:
                 del self._restart_at[expert]
@@ -157,14 +150,14 @@ class Supervisor:
                 self._start_expert(expert)
 
     def _kill_expert(self, expert: int, generation: int, why: str) -> None:
-        child = self._experts.get(expert)
-        if child is not None and generation == self._generation[expert]:
-            log.error("%s: %s; killing it", child.name, why)
-            child.process.kill()
+        if expert in self._experts and generation == self._generation[expert]:
+            log.error("expert %s: %s; killing it", self._config.experts[expert].name, why)
+            self._experts[expert][0].process.kill()
 
     def _bury_expert(self, expert: int, child: Child) -> None:
-        """An expert's process has ended: say so, and plan another one, later the more often it happened."""
-        del self._experts[expert]
+        """A process of an expert has ended: say so, and plan another one, later the more often it happened."""
+        for other in self._experts.pop(expert):
+            other.process.kill()
         words = child.last_words()
         if not self._ready:
             raise StartError(f"{child.name}: {words}")
@@ -200,7 +193,7 @@ class Supervisor:
         """End every child; nothing is left running."""
         self._control.send(Stop())
         children = [child for name in ("_coordinator", "_api") if (child := getattr(self, name, None))]
-        children += self._experts.values()
+        children += [child for ranks in self._experts.values() for child in ranks]
         deadline = time.monotonic() + (_REAP_SECONDS if self._ready else 0.5)
         for child in children:
             child.process.join(max(0.0, deadline - time.monotonic()))
@@ -221,6 +214,21 @@ def spawn(name: str, target: Callable[..., None], *arguments: Any) -> Child:
     return Child(name, process, ours)
 
 
+def start_expert(config: Config, expert: int, generation: int, directory: Path) -> list[Child]:
+    """Start the processes of an expert, one for each tensor-parallel rank."""
+    chosen = config.experts[expert]
+    size = chosen.tensor_parallel_size
+    port = _free_port() if size > 1 else 0
+    cores = expert_cpus(config)[expert]
+    children = []
+    for rank in range(size):
+        own = cores[rank::size] or cores if cores else None
+        place = Placement(expert, generation, rank, port, own, expert_gpus(config)[expert])
+        name = f"expert {chosen.name}" + (f" rank {rank}" if size > 1 else "")
+        children.append(spawn(name, run_expert, config, place, directory))
+    return children
+
+
 def expert_cpus(config: Config) -> list[list[int] | None]:
     """The cores of each expert: as configured, else the CPU experts take this process's cores in turn."""
     available = sorted(os.sched_getaffinity(0))
@@ -230,6 +238,21 @@ def expert_cpus(config: Config) -> list[list[int] | None]:
         own = available[turn :: len(on_cpu)] if len(on_cpu) <= len(available) else []
         share[index] = own or [available[turn % len(available)]]
     return [expert.cpus or share.get(index) for index, expert in enumerate(config.experts)]
+
+
+def expert_gpus(config: Config) -> list[list[int]]:
+    """The GPUs of each expert: as configured, else as many as it has ranks, the next that no other expert names."""
+    named = {gpu for expert in config.experts for gpu in expert.gpus or ()}
+    free = (gpu for gpu in itertools.count() if gpu not in named)
+    chosen = []
+    for expert in config.experts:
+        default = [next(free) for _ in range(expert.tensor_parallel_size)] if _needs_gpus(expert) else []
+        chosen.append(default if expert.gpus is None else expert.gpus)
+    return chosen
+
+
+def _needs_gpus(expert: ExpertConfig) -> bool:
+    return expert.device == "cuda" and expert.gpus is None
 
 
 def _child(pipe: Connection, parent: int, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
@@ -266,10 +289,16 @@ def run_api(config: Config, address: str, listener: socket.socket) -> None:
     run(config, address, listener)
 
 
-def run_expert(config: Config, expert: int, generation: int, directory: Path, cpus: list[int] | None) -> None:
+def run_expert(config: Config, place: Placement, directory: Path) -> None:
     from server.expert.process import run
 
-    run(config, expert, generation, directory, cpus)
+    run(config, place, directory)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

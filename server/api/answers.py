@@ -52,7 +52,7 @@ class Answer:
         self._stream = TextStream(tokenizer, prompt, skip_special_tokens=request.skip_special_tokens)
         self._stops = StopStrings(request.stop, include=self._include_stop) if request.stop else None
         self._unread: int | None = None  # a stop token whose text waits for the verdict of `end`
-        self._text = ""
+        self._texts: list[str] = []
         self._tokens: list[int] = []
         self._choices: list[Choice] = []
         self._weights: list[float] = []
@@ -85,24 +85,20 @@ class Answer:
         if self.finish_reason is not None:
             return
         if self._stops is not None:
-            self._text += self._stops.flush()
+            self._add_text(self._stops.flush())
         self.finish_reason = "length" if ended.reason is FinishReason.LENGTH else "stop"
         if ended.stop_token in self._reported_stops:
             self.stop_reason = ended.stop_token
 
     def take(self) -> Piece:
         """What is new since the last call."""
-        piece = Piece(self._text, self._tokens, self._choices)
-        self._text, self._tokens, self._choices = "", [], []
+        piece = Piece("".join(self._texts), self._tokens, self._choices)
+        self._texts, self._tokens, self._choices = [], [], []
         return piece
 
     @property
     def has_text(self) -> bool:
-        return bool(self._text)
-
-    @property
-    def has_tokens(self) -> bool:
-        return bool(self._tokens)
+        return bool(self._texts)
 
     @property
     def mean_weights(self) -> Sequence[float]:
@@ -114,11 +110,15 @@ class Answer:
 
     def _show(self, text: str) -> None:
         if self._stops is None or self.count <= self._min_tokens:
-            self._text += text
+            self._add_text(text)
             return
-        self._text += self._stops.push(text)
+        self._add_text(self._stops.push(text))
         if self._stops.found is not None:
             self.finish_reason, self.stop_reason = "stop", self._stops.found
+
+    def _add_text(self, text: str) -> None:
+        if text:
+            self._texts.append(text)
 
     def _add_weights(self, coefficients: list[float]) -> None:
         if not self._weights:

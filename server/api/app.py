@@ -123,7 +123,7 @@ def _token_routes(deployment: Deployment) -> APIRouter:
 
     @router.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))
     async def create_text(request: Request) -> Response:
-        return _json(detokenize(deployment, await read(request, DetokenizeRequest)))
+        return _json(await detokenize(deployment, await read(request, DetokenizeRequest)))
 
     return router
 

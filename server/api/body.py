@@ -98,8 +98,8 @@ async def read_json(request: Request) -> dict[str, Any]:
 def parse(model: type[Model], body: Mapping[str, Any]) -> Model:
     """`body` as a `model`. Raises BadRequest."""
     present = {name: value for name, value in body.items() if value is not None}
-    for name in present.keys() & _NEUTRAL.keys():
-        if present[name] not in _NEUTRAL[name]:
+    for name, value in present.items():
+        if name in _NEUTRAL and value not in _NEUTRAL[name]:
             raise BadRequest(f"{name} is not supported", param=name, code="unsupported_parameter")
     try:
         return model.model_validate(present)

@@ -17,28 +17,18 @@ from server.messages import Choice
 
 async def chat_job(services: Services, request: ChatRequest, request_id: str) -> Job:
     """Everything that can be refused is refused here, before a byte of the answer."""
-    choir = services.deployment.choir(request.model, request.fusion)
-    factory = services.sequences(choir, request)
-    prompts = await chat_prompts(choir, _chat(request))
-    prompt = Prompt(prompts, room(choir, prompts, "messages"))
+    ensemble = services.deployment.ensemble(request.model, request.fusion)
+    factory = services.sequences(ensemble, request)
+    prompts = await chat_prompts(ensemble, Chat(request))
+    prompt = Prompt(prompts, room(ensemble, prompts, "messages"))
     shape = ChatShape(
         request,
-        choir.tokenizer,
+        ensemble.tokenizer,
         identity=f"chatcmpl-{request_id}",
-        model=choir.model,
+        model=ensemble.model,
         experts=services.deployment.config.expert_names,
     )
-    return services.job(request, choir, factory, [prompt], shape)
-
-
-def _chat(request: ChatRequest) -> Chat:
-    return Chat(
-        request.messages,
-        arguments=request.chat_template_kwargs,
-        continue_final_message=request.continue_final_message,
-        add_generation_prompt=request.add_generation_prompt,
-        add_special_tokens=request.add_special_tokens,
-    )
+    return services.job(request, ensemble, factory, [prompt], shape)
 
 
 class ChatShape(Common):

@@ -173,13 +173,19 @@ class EngineClient:
 
     async def run(self) -> None:
         """Carry messages both ways until the coordinator says `Stop`; then nothing runs any more."""
-        writer = asyncio.create_task(self._write())
+        tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
         try:
-            while not isinstance(message := await self._link.receive(), Stop):
-                self._dispatch(message)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
         finally:
-            writer.cancel()
+            for task in tasks:
+                task.cancel()
             self._end_all(Overloaded("the server is shutting down", retry_after=_RETRY_SECONDS))
+
+    async def _read(self) -> None:
+        while not isinstance(message := await self._link.receive(), Stop):
+            self._dispatch(message)
 
     async def _write(self) -> None:
         while True:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from server.api.answers import Answer, Piece
-from server.api.deployment import Choir
+from server.api.deployment import Ensemble
 from server.api.prompts import id_prompts, room, text_prompts
 from server.api.protocol import CompletionRequest
 from server.api.reply import Job
@@ -22,18 +22,18 @@ _MOST_PROMPTS = 1024
 
 async def completion_job(services: Services, request: CompletionRequest, request_id: str) -> Job:
     """Everything that can be refused is refused here, before a byte of the answer."""
-    choir = services.deployment.choir(request.model, request.fusion)
-    factory = services.sequences(choir, request)
+    ensemble = services.deployment.ensemble(request.model, request.fusion)
+    factory = services.sequences(ensemble, request)
     _check_number(request, services.deployment.config.limits)
-    prompts = await _prompts(choir, request)
+    prompts = await _prompts(ensemble, request)
     shape = CompletionShape(
         request,
-        choir.tokenizer,
+        ensemble.tokenizer,
         identity=f"cmpl-{request_id}",
-        model=choir.model,
+        model=ensemble.model,
         experts=services.deployment.config.expert_names,
     )
-    return services.job(request, choir, factory, prompts, shape)
+    return services.job(request, ensemble, factory, prompts, shape)
 
 
 def _check_number(request: CompletionRequest, limits: Limits) -> None:
@@ -43,13 +43,13 @@ def _check_number(request: CompletionRequest, limits: Limits) -> None:
         raise BadRequest(f"prompt: at most {most} prompts times n", param="prompt")
 
 
-async def _prompts(choir: Choir, request: CompletionRequest) -> list[Prompt]:
+async def _prompts(ensemble: Ensemble, request: CompletionRequest) -> list[Prompt]:
     texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
     if texts:
-        prompts = await text_prompts(choir, texts, add_special_tokens=request.add_special_tokens)
+        prompts = await text_prompts(ensemble, texts, add_special_tokens=request.add_special_tokens)
     else:
-        prompts = [id_prompts(choir, prompt) for prompt in request.prompt if isinstance(prompt, list)]
-    return [Prompt(ids, room(choir, ids, "prompt")) for ids in prompts]
+        prompts = [id_prompts(ensemble, prompt) for prompt in request.prompt if isinstance(prompt, list)]
+    return [Prompt(ids, room(ensemble, ids, "prompt")) for ids in prompts]
 
 
 class CompletionShape(Common):

@@ -31,7 +31,7 @@ class ExpertText:
 
 
 @dataclass(frozen=True, slots=True)
-class Choir:
+class Ensemble:
     """The experts that one request uses. `indexes` are their places in the deployment, ascending."""
 
     model: str
@@ -67,14 +67,14 @@ class Deployment:
         loader = _Loader(config)
         self.experts = [loader.expert(expert) for expert in config.experts]
 
-    def choir(self, model: str | None, fusion: Fusion | None = None) -> Choir:
+    def ensemble(self, model: str | None, fusion: Fusion | None = None) -> Ensemble:
         """The experts for model name `model` (None: the deployment's own). Raises NotFound, BadRequest."""
         name = self.config.name if model is None else model
         if name not in self.models:
             raise NotFound(f"the model {name[:200]!r} does not exist", param="model", code="model_not_found")
         policy = self._policy(self.models[name], fusion)
         indexes = participants(policy, self.config.expert_names)
-        return Choir(name, policy, indexes, [self.experts[index] for index in indexes])
+        return Ensemble(name, policy, indexes, [self.experts[index] for index in indexes])
 
     def _policy(self, policy: Policy, fusion: Fusion | None) -> Policy:
         if fusion is None:

@@ -15,7 +15,7 @@ def model_list(deployment: Deployment, created: int) -> dict[str, Any]:
 
 def model_card(deployment: Deployment, name: str, created: int) -> dict[str, Any]:
     """Raises NotFound."""
-    choir = deployment.choir(name)
+    ensemble = deployment.ensemble(name)
     root = deployment.config.name
     return {
         "id": name,
@@ -24,6 +24,6 @@ def model_card(deployment: Deployment, name: str, created: int) -> dict[str, Any
         "owned_by": _OWNER,
         "root": root,
         "parent": None if name == root else root,
-        "max_model_len": choir.max_model_len,
+        "max_model_len": ensemble.max_model_len,
         "permission": [],
     }

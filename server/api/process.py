@@ -10,7 +10,6 @@ import asyncio
 import gc
 import signal
 import socket
-import sys
 
 import uvloop
 
@@ -18,7 +17,6 @@ from server.api.app import create_app
 from server.api.client import EngineClient
 from server.api.http import http_server
 from server.config import Config
-from server.errors import StartError
 from server.messages import FromApi, ToApi
 from server.transport import AsyncChannel
 
@@ -27,16 +25,12 @@ _COLLECT = (50_000, 20, 20)
 
 
 def run(config: Config, address: str, listener: socket.socket) -> None:
-    """Serve `config` on `listener` until the coordinator at `address` says stop. Exits with 1 and one line if
-    it cannot."""
+    """Serve `config` on `listener` until the coordinator at `address` says stop. Raises StartError."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     gc.set_threshold(*_COLLECT)
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve(config, address, listener))
-    except StartError as error:
-        sys.exit(f"polylogit: {error}")
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(config, address, listener))
 
 
 async def serve(config: Config, address: str, listener: socket.socket) -> None:
@@ -47,11 +41,11 @@ async def serve(config: Config, address: str, listener: socket.socket) -> None:
     try:
         client = EngineClient(channel)
         server = http_server(create_app(config, client))
+        running = asyncio.create_task(client.run())
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        try:
-            await client.run()
-        finally:
-            server.should_exit = True
-            await serving
+        await asyncio.wait({running, serving}, return_when=asyncio.FIRST_COMPLETED)
+        server.should_exit = True
+        await serving
+        await running
     finally:
         channel.close()

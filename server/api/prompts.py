@@ -5,11 +5,11 @@ work is done once, long work in a thread, and a prompt that cannot fit is refuse
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from server.api.deployment import Choir, ExpertText
-from server.api.protocol import Message
+from server.api.deployment import Ensemble, ExpertText
+from server.api.protocol import Conversation, Message
 from server.api.template import Marks
 from server.errors import BadRequest
 
@@ -17,24 +17,14 @@ _LONG = 8192  # characters from which work leaves the event loop
 
 
 class Chat:
-    """A conversation to be rendered. `arguments` reach the template beside the messages."""
+    """A conversation to be rendered for one expert after another."""
 
-    def __init__(
-        self,
-        messages: Sequence[Message],
-        *,
-        arguments: Mapping[str, Any],
-        continue_final_message: bool = False,
-        add_generation_prompt: bool | None = None,
-        add_special_tokens: bool = False,
-    ) -> None:
-        self.messages = [_conversation(message) for message in messages]
-        self._arguments = dict(arguments)
-        self._continue = continue_final_message
-        self._add_special_tokens = add_special_tokens
-        self._generation_prompt = not continue_final_message if add_generation_prompt is None else add_generation_prompt
-        if continue_final_message and self.messages[-1]["role"] != "assistant":
-            raise BadRequest("the final message is not the assistant's", param="continue_final_message")
+    def __init__(self, request: Conversation) -> None:
+        self.messages = [_conversation(message) for message in request.messages]
+        self._request = request
+        self._generation_prompt = request.add_generation_prompt
+        if self._generation_prompt is None:
+            self._generation_prompt = not request.continue_final_message
 
     @property
     def characters(self) -> int:
@@ -46,19 +36,19 @@ class Chat:
             raise BadRequest(f"the expert {expert.name!r} has no chat template", param="model")
         marks = Marks(expert.tokenizer)
         messages = [_hidden(message, marks) for message in self._with_system(expert.system_prompt)]
-        if self._continue:
+        if self._request.continue_final_message:
             messages[-1]["content"] += marks.tail
         rendered = expert.template.render(
             messages,
             add_generation_prompt=self._generation_prompt,
             tools=None,
             documents=None,
-            **marks.hide(self._arguments),
+            **marks.hide(self._request.chat_template_kwargs),
         )
-        if self._continue:
+        if self._request.continue_final_message:
             rendered = marks.cut(rendered)
         check_length(rendered, expert, "messages")
-        return marks.encode(rendered, add_special_tokens=self._add_special_tokens)
+        return marks.encode(rendered, add_special_tokens=self._request.add_special_tokens)
 
     def _with_system(self, prompt: str | None) -> list[dict[str, Any]]:
         """The messages, after the expert's own system prompt where the client sends none."""
@@ -67,17 +57,17 @@ class Chat:
         return [{"role": "system", "content": prompt}, *self.messages]
 
 
-async def chat_prompts(choir: Choir, chat: Chat) -> list[list[int]]:
-    """The prompt for each expert of `choir`."""
+async def chat_prompts(ensemble: Ensemble, chat: Chat) -> list[list[int]]:
+    """The prompt for each expert of `ensemble`."""
     if chat.characters > _LONG:
-        return await asyncio.to_thread(_chat_prompts, choir, chat)
-    return _chat_prompts(choir, chat)
+        return await asyncio.to_thread(_chat_prompts, ensemble, chat)
+    return _chat_prompts(ensemble, chat)
 
 
-def _chat_prompts(choir: Choir, chat: Chat) -> list[list[int]]:
+def _chat_prompts(ensemble: Ensemble, chat: Chat) -> list[list[int]]:
     done: dict[tuple[int, int, str | None], list[int]] = {}
     prompts: list[list[int]] = []
-    for expert in choir.experts:
+    for expert in ensemble.experts:
         key = (id(expert.tokenizer), id(expert.template), expert.system_prompt)
         if key not in done:
             done[key] = chat.ids(expert)
@@ -85,30 +75,31 @@ def _chat_prompts(choir: Choir, chat: Chat) -> list[list[int]]:
     return prompts
 
 
-async def text_prompts(choir: Choir, texts: list[str], *, add_special_tokens: bool) -> list[list[list[int]]]:
-    """Raw texts, each for each expert of `choir`; special tokens written in them are parsed, as vLLM does."""
+async def text_prompts(ensemble: Ensemble, texts: list[str], *, add_special_tokens: bool) -> list[list[list[int]]]:
+    """Raw texts, each for each expert of `ensemble`; special tokens written in them are parsed, as vLLM
+    does."""
     if sum(map(len, texts)) > _LONG:
-        return await asyncio.to_thread(_text_prompts, choir, texts, add_special_tokens)
-    return _text_prompts(choir, texts, add_special_tokens)
+        return await asyncio.to_thread(_text_prompts, ensemble, texts, add_special_tokens)
+    return _text_prompts(ensemble, texts, add_special_tokens)
 
 
-def _text_prompts(choir: Choir, texts: list[str], add_special_tokens: bool) -> list[list[list[int]]]:
+def _text_prompts(ensemble: Ensemble, texts: list[str], add_special_tokens: bool) -> list[list[list[int]]]:
     done: dict[int, list[list[int]]] = {}
-    for expert in choir.experts:
+    for expert in ensemble.experts:
         check_length(max(texts, key=len), expert, "prompt")
         if id(expert.tokenizer) not in done:
             done[id(expert.tokenizer)] = expert.tokenizer.encode(texts, add_special_tokens=add_special_tokens)
-    by_expert = [done[id(expert.tokenizer)] for expert in choir.experts]
+    by_expert = [done[id(expert.tokenizer)] for expert in ensemble.experts]
     return [list(prompt) for prompt in zip(*by_expert, strict=True)]
 
 
-def id_prompts(choir: Choir, ids: list[int]) -> list[list[int]]:
+def id_prompts(ensemble: Ensemble, ids: list[int]) -> list[list[int]]:
     """Token ids, the same for each expert. Raises BadRequest for anything that is no id of the vocabulary."""
-    if len(ids) >= choir.max_model_len:
-        raise _too_long(f"{len(ids)} tokens", choir.max_model_len, "prompt")
-    if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= choir.vocab_size:
-        raise BadRequest(f"prompt: token ids are integers from 0 to {choir.vocab_size - 1}", param="prompt")
-    return [ids] * len(choir.experts)
+    if len(ids) >= ensemble.max_model_len:
+        raise _too_long(f"{len(ids)} tokens", ensemble.max_model_len, "prompt")
+    if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= ensemble.vocab_size:
+        raise BadRequest(f"prompt: token ids are integers from 0 to {ensemble.vocab_size - 1}", param="prompt")
+    return [ids] * len(ensemble.experts)
 
 
 def check_length(text: str, expert: ExpertText, param: str) -> None:
@@ -117,11 +108,11 @@ def check_length(text: str, expert: ExpertText, param: str) -> None:
         raise _too_long(f"{len(text)} characters", expert.max_model_len, param)
 
 
-def room(choir: Choir, prompts: Sequence[list[int]], param: str) -> int:
+def room(ensemble: Ensemble, prompts: Sequence[list[int]], param: str) -> int:
     """Tokens that every expert's context leaves for the answer; at least 1, else BadRequest."""
-    left = min(expert.max_model_len - len(ids) for expert, ids in zip(choir.experts, prompts, strict=True))
+    left = min(expert.max_model_len - len(ids) for expert, ids in zip(ensemble.experts, prompts, strict=True))
     if left < 1:
-        raise _too_long(f"{max(map(len, prompts))} tokens", choir.max_model_len, param)
+        raise _too_long(f"{max(map(len, prompts))} tokens", ensemble.max_model_len, param)
     return left
 
 

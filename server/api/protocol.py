@@ -8,155 +8,24 @@ where they are used.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-import msgspec
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
-MOST_STOPS, MOST_STOP_CHARACTERS = 4, 1024
-MOST_MESSAGES = 4096
-TEMPLATE_ARGUMENTS = (
-    "date_string",
-    "enable_thinking",
-    "preserve_thinking",
-    "reasoning_effort",
-    "thinking",
-    "thinking_budget",
+from server.api.fields import (
+    INT64_MAX,
+    INT64_MIN,
+    MOST_MESSAGES,
+    Content,
+    LogitBias,
+    Prompts,
+    Role,
+    Stops,
+    TemplateArguments,
+    TokenId,
+    ToolCalls,
+    by_expert,
 )
-
-Role = Literal["system", "developer", "user", "assistant", "tool"]
-TokenId = Annotated[int, Field(ge=0, le=INT64_MAX)]
-
-
-def _stops(value: Any) -> tuple[str, ...]:
-    strings = [value] if isinstance(value, str) else value
-    if not isinstance(strings, list):
-        raise ValueError("must be a string or a list of strings")
-    if len(strings) > MOST_STOPS:
-        raise ValueError(f"at most {MOST_STOPS} strings")
-    for string in strings:
-        if not isinstance(string, str) or not 0 < len(string) <= MOST_STOP_CHARACTERS:
-            raise ValueError(f"must be strings of 1 to {MOST_STOP_CHARACTERS} characters")
-    return tuple(strings)
-
-
-def _logit_bias(value: Any) -> dict[int, float]:
-    if not isinstance(value, dict):
-        raise ValueError("must be an object of token ids and numbers")
-    if len(value) > 1024:
-        raise ValueError("at most 1024 entries")
-    return {_token_id(key): _number(bias, -100.0, 100.0) for key, bias in value.items()}
-
-
-def _token_id(key: str) -> int:
-    if not (key.isascii() and key.isdecimal() and len(key) < 19):
-        raise ValueError("keys must be token ids")
-    return int(key)
-
-
-def _number(value: Any, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ValueError(f"values must be numbers from {low:g} to {high:g}")
-    return float(value)
-
-
-def _by_expert(low: float, high: float) -> PlainValidator:
-    """An object of expert names and numbers."""
-
-    def validate(value: Any) -> dict[str, float]:
-        if not isinstance(value, dict) or not 0 < len(value) <= 64:
-            raise ValueError("must be an object of 1 to 64 expert names and numbers")
-        return {name: _number(number, low, high) for name, number in value.items()}
-
-    return PlainValidator(validate, json_schema_input_type=dict[str, float])
-
-
-def _content(value: Any) -> str | None:
-    """Text, or a list of text parts: one string."""
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise ValueError("must be a string or a list of text parts")
-    return "\n".join(map(_part, value))
-
-
-def _part(part: Any) -> str:
-    if not isinstance(part, dict):
-        raise ValueError("parts must be objects")
-    kind = part.get("type")
-    if kind not in ("text", "input_text", "output_text", "refusal"):
-        raise ValueError(f"only text parts are supported, not {str(kind)[:40]!r}")
-    text = part.get("refusal" if kind == "refusal" else "text")
-    if not isinstance(text, str):
-        raise ValueError("a text part needs a string in 'text'")
-    return text
-
-
-def _tool_calls(value: Any) -> list[dict[str, Any]] | None:
-    """An earlier turn's calls, with the arguments as objects: templates write them in their own format."""
-    if value is None:
-        return None
-    if not isinstance(value, list) or len(value) > 128:
-        raise ValueError("must be a list of at most 128 calls")
-    return [_tool_call(call) for call in value]
-
-
-def _tool_call(call: Any) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ValueError("a call needs a function with a name")
-    arguments = function.get("arguments") or {}
-    if isinstance(arguments, str):
-        try:
-            arguments = msgspec.json.decode(arguments)
-        except (ValueError, RecursionError):
-            raise ValueError("arguments are not valid JSON") from None
-    return {**call, "function": {**function, "arguments": arguments}}
-
-
-def _template_arguments(value: Any) -> dict[str, Any]:
-    """A few names, plain values: the deployment's templates read nothing else of a client."""
-    if not isinstance(value, dict):
-        raise ValueError("must be an object")
-    for name, argument in value.items():
-        if name not in TEMPLATE_ARGUMENTS:
-            raise ValueError(f"{name[:64]!r} is not allowed; allowed are {', '.join(TEMPLATE_ARGUMENTS)}")
-        if not isinstance(argument, bool | int | float) and not (isinstance(argument, str) and len(argument) <= 64):
-            raise ValueError(f"{name} must be a boolean, a number or a short string")
-    return value
-
-
-def _prompts(value: Any) -> list[str] | list[list[int]]:
-    """A string, strings, token ids or lists of them: always a list of one kind. Ids are checked later."""
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, list) or not value or not all(value):
-        raise ValueError("must be a non-empty string, or a list of strings, token ids or lists of token ids")
-    kinds = set(map(type, value))
-    if kinds == {int}:
-        return [value]
-    if kinds == {str} or kinds == {list}:
-        return value
-    raise ValueError("must be all strings, all token ids or all lists of token ids")
-
-
-Content = Annotated[str | None, PlainValidator(_content, json_schema_input_type=str | list[dict[str, str]] | None)]
-ToolCalls = Annotated[
-    list[dict[str, Any]] | None,
-    PlainValidator(_tool_calls, json_schema_input_type=list[dict[str, Any]] | None),
-]
-Stops = Annotated[tuple[str, ...], PlainValidator(_stops, json_schema_input_type=str | list[str])]
-Prompts = Annotated[
-    list[str] | list[list[int]],
-    PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
-]
-LogitBias = Annotated[dict[int, float], PlainValidator(_logit_bias, json_schema_input_type=dict[str, float])]
-
-
-TemplateArguments = Annotated[
-    dict[str, Any], PlainValidator(_template_arguments, json_schema_input_type=dict[str, bool | float | str])
-]
 
 
 class Body(BaseModel):
@@ -173,6 +42,8 @@ class Message(Body):
     tool_call_id: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
+    function_call: None = None
+    audio: None = None
 
     @model_validator(mode="after")
     def _has_content(self) -> Self:
@@ -184,7 +55,7 @@ class Message(Body):
 class StreamOptions(Body):
     include_usage: bool = False
     continuous_usage_stats: bool = False
-    include_obfuscation: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class Fusion(Body):
@@ -194,9 +65,9 @@ class Fusion(Body):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
     policy: str | None = Field(None, max_length=64)
-    coefficients: Annotated[dict[str, float], _by_expert(-1000.0, 1000.0)] | None = None
+    coefficients: Annotated[dict[str, float], by_expert(-1000.0, 1000.0)] | None = None
     space: Literal["logprob", "prob"] | None = None
-    temperature: Annotated[dict[str, float], _by_expert(0.01, 100.0)] | None = None
+    temperature: Annotated[dict[str, float], by_expert(0.01, 100.0)] | None = None
 
     @model_validator(mode="after")
     def _one_policy(self) -> Self:
@@ -251,23 +122,34 @@ class GenerationRequest(Body):
         raise NotImplementedError
 
 
-class ChatRequest(GenerationRequest):
+class Conversation(Body):
+    """What the chat template is given."""
+
     messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
-    logprobs: bool = False
-    top_logprobs: int = Field(0, ge=0, le=20)
-    max_tokens: int | None = Field(None, ge=1, le=INT64_MAX)
-    max_completion_tokens: int | None = Field(None, ge=1, le=INT64_MAX)
-    continue_final_message: bool = False
     add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
     add_special_tokens: bool = False
     chat_template_kwargs: TemplateArguments = {}
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
+    def _ends_once(self) -> Self:
         if self.continue_final_message and self.add_generation_prompt:
             raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise ValueError("continue_final_message needs a final message of the assistant")
+        return self
+
+
+class ChatRequest(GenerationRequest, Conversation):
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=20)
+    max_tokens: int | None = Field(None, ge=1, le=INT64_MAX)
+    max_completion_tokens: int | None = Field(None, ge=1, le=INT64_MAX)
+
+    @model_validator(mode="after")
+    def _alternatives_need_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
         return self
 
     @property
@@ -301,13 +183,8 @@ class TokenizeTextRequest(Body):
     return_token_strs: bool = False
 
 
-class TokenizeChatRequest(Body):
+class TokenizeChatRequest(Conversation):
     model: str | None = Field(None, max_length=256)
-    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool = False
-    add_special_tokens: bool = False
-    chat_template_kwargs: TemplateArguments = {}
     return_token_strs: bool = False
 
 

@@ -87,15 +87,20 @@ class Reply(Response):
 
     async def _stream(self, generation: Generation, writer: _Writer) -> None:
         try:
+            end = await self._events_but_the_last(generation, writer)
+            await writer.write(end + DONE, last=True)
+        finally:
+            writer.close()
+
+    async def _events_but_the_last(self, generation: Generation, writer: _Writer) -> bytes:
+        """Write the stream up to its last event, and return that one."""
+        try:
             await self._events(generation, writer)
-            end = self._job.shape.closing(self._job.usage())
         except RequestError as error:
             if not writer.started:
                 raise
-            end = error_event(error)
-        finally:
-            writer.close()
-        await writer.write(end + DONE, last=True)
+            return error_event(error)
+        return self._job.shape.closing(self._job.usage())
 
     async def _events(self, generation: Generation, writer: _Writer) -> None:
         shape, answers = self._job.shape, self._job.answers

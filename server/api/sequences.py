@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from server.api.deployment import Choir, Deployment
+from server.api.deployment import Deployment, Ensemble
 from server.api.protocol import GenerationRequest
 from server.errors import BadRequest
 from server.request import SamplingParams, SequenceRequest
@@ -25,10 +25,10 @@ class SequenceFactory:
     numbers."""
 
     def __init__(
-        self, deployment: Deployment, choir: Choir, request: GenerationRequest, number: Callable[[], int]
+        self, deployment: Deployment, ensemble: Ensemble, request: GenerationRequest, number: Callable[[], int]
     ) -> None:
-        _check_ids(request, choir)
-        self._choir = choir
+        _check_ids(request, ensemble)
+        self._choir = ensemble
         self._request = request
         self._number = number
         self._experts = len(deployment.experts)
@@ -36,7 +36,7 @@ class SequenceFactory:
         self._seed = secrets.randbits(64) if request.seed is None else request.seed
         self.stop_token_ids = frozenset(request.stop_token_ids)
         if not request.ignore_eos:
-            self.stop_token_ids |= choir.eos_token_ids
+            self.stop_token_ids |= ensemble.eos_token_ids
 
     def make(self, prompts: Iterable[Prompt]) -> list[SequenceRequest]:
         return [self._sequence(prompt, choice) for prompt in prompts for choice in range(self._request.n)]
@@ -82,9 +82,9 @@ class SequenceFactory:
         )
 
 
-def _check_ids(request: GenerationRequest, choir: Choir) -> None:
+def _check_ids(request: GenerationRequest, ensemble: Ensemble) -> None:
     """Token ids must be of the vocabulary, and min_tokens no more than max_tokens."""
-    last = choir.vocab_size - 1
+    last = ensemble.vocab_size - 1
     if request.logit_bias and max(request.logit_bias) > last:
         raise BadRequest(f"logit_bias: token ids are integers from 0 to {last}", param="logit_bias")
     if request.stop_token_ids and max(request.stop_token_ids) > last:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from server.api.answers import Answer
 from server.api.client import EngineClient
-from server.api.deployment import Choir, Deployment
+from server.api.deployment import Deployment, Ensemble
 from server.api.protocol import GenerationRequest
 from server.api.reply import Job, Reply
 from server.api.sequences import Prompt, SequenceFactory
@@ -21,14 +21,14 @@ class Services:
     client: EngineClient
     metrics: ApiMetrics
 
-    def sequences(self, choir: Choir, request: GenerationRequest) -> SequenceFactory:
+    def sequences(self, ensemble: Ensemble, request: GenerationRequest) -> SequenceFactory:
         """Raises BadRequest for what only the vocabulary shows to be wrong."""
-        return SequenceFactory(self.deployment, choir, request, self.client.number)
+        return SequenceFactory(self.deployment, ensemble, request, self.client.number)
 
     def job(
         self,
         request: GenerationRequest,
-        choir: Choir,
+        ensemble: Ensemble,
         factory: SequenceFactory,
         prompts: Sequence[Prompt],
         shape: Shape,
@@ -39,7 +39,7 @@ class Services:
                 index,
                 prompts[index // request.n].ids[0],
                 request,
-                choir.tokenizer,
+                ensemble.tokenizer,
                 max_tokens=sequence.max_tokens,
                 stop_token_ids=factory.stop_token_ids,
             )

@@ -68,7 +68,8 @@ class Tokenizer:
         return _encode(self._literal, [text], False)[0]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
-        return self.core.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        # decode_batch releases the interpreter lock, decode does not
+        return self.core.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0]
 
     def token(self, number: int) -> str:
         """The vocabulary's own spelling of a token."""

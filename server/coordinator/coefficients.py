@@ -1,4 +1,5 @@
-"""Fusion policies as arithmetic: the coefficients that each rule of `server.policy` gives the experts, batched over rows.
+"""Fusion policies as arithmetic: the coefficients that each rule of `server.policy` gives the experts, batched over
+rows.
 
 Letters: B rows, E experts, K top-k, U candidates.
 """

@@ -16,7 +16,8 @@ import numba
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Compiled code is kept beside the sources, and is trusted like them; where they are read-only, each start compiles anew.
+# Compiled code is kept beside the sources, and is trusted like them; where they are read-only, each start compiles
+# anew.
 _CACHE = os.access(Path(__file__).parent, os.W_OK)
 
 

@@ -29,6 +29,7 @@ from server.messages import (
     Tick,
     ToExpert,
 )
+from server.placement import expert_socket
 from server.transport import Channel, Selector, endpoint
 
 Answer = TypeVar("Answer", Gathered, BareDone)
@@ -189,8 +190,3 @@ class Experts:
             if message is not None:
                 self._receive(link, message)
         return None
-
-
-def expert_socket(index: int, generation: int) -> str:
-    """Name of the socket between the coordinator and worker process `generation` of an expert."""
-    return f"expert-{index}-{generation}"

@@ -14,10 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from server.coordinator.compiled import compiled
-from server.coordinator.fusion import Bool, Float32, Int32, Int64, UInt64
+from server.coordinator.fusion import Bool, Float32, Int32, Int64
 from server.coordinator.sampling import Penalties, Rules
 from server.request import SequenceRequest
-
 
 _KEPT, _MISPLACED = 1, 2
 

@@ -3,54 +3,51 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from server.config import Config, ExpertConfig
-from server.transport import endpoint
+from server.placement import Placement
+
+if TYPE_CHECKING:
+    from gate.checkpoint import Gate
 
 
-def run(config: Config, expert: int, generation: int, directory: Path, cpus: Sequence[int] | None) -> None:
-    """Load expert number `expert` on cores `cpus` (None: wherever) and serve it until told to stop.
+def run(config: Config, place: Placement, directory: Path) -> None:
+    """Load the expert at `place` and serve it until told to stop; ends the process.
 
     Raises whatever the engine raises while loading.
     """
-    chosen = config.experts[expert]
-    if cpus:
-        os.sched_setaffinity(0, cpus)
-    os.environ.update(environment(chosen, cpus))
+    chosen = config.experts[place.expert]
+    if place.cpus:
+        os.sched_setaffinity(0, place.cpus)
+    os.environ.update(environment(chosen, place))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     warnings.simplefilter("ignore")  # what torch and vLLM warn of at import is not our user's to mend
 
     import torch
 
     if chosen.device == "cpu":
-        torch.set_num_threads(len(cpus or (0,)))
+        torch.set_num_threads(len(place.cpus or (0,)))
 
-    from gate.checkpoint import Gate, load
+    from server.expert.ranks import converse
     from server.expert.vllm_engine import VllmEngine
     from server.expert.worker import Worker
-    from server.messages import FromExpert, ToExpert
-    from server.transport import Channel
 
-    gate: Gate | None = None
-    if config.gate is not None:
-        gate = load(config.path(config.gate.file), device="cuda" if chosen.device == "cuda" else "cpu")
-        gate = gate if "hidden" in gate.contract.inputs else None
+    gate = _projecting_gate(config, chosen)
     engine = VllmEngine(
         chosen,
         str(config.path(chosen.model)),
         max_sequences=config.limits.sequences,
         want_hidden=gate is not None,
     )
-    channel: Channel[ToExpert, FromExpert] = Channel(
-        endpoint(directory, f"expert-{expert}-{generation}"), ToExpert, bind=False
-    )
+    conversation = converse(place, chosen.tensor_parallel_size, directory)
     worker = Worker(
         engine,
-        channel,
-        expert=expert,
+        conversation,
+        expert=place.expert,
         top_k=config.top_k,
         projector=gate,
         retain=config.missing == "exact",
@@ -59,19 +56,45 @@ def run(config: Config, expert: int, generation: int, directory: Path, cpus: Seq
         worker.run()
     finally:
         engine.close()
-        channel.close()
+        conversation.close()
+    # Everything is released; tearing down an interpreter that has torch and vLLM in it would only take seconds.
+    sys.stdout.flush()
+    os._exit(0)
 
 
-def environment(expert: ExpertConfig, cpus: Sequence[int] | None) -> dict[str, str]:
+def environment(expert: ExpertConfig, place: Placement) -> dict[str, str]:
     """Environment variables that must be set before torch and vLLM are imported."""
-    shared = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    chosen = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    if expert.tensor_parallel_size > 1:
+        chosen |= _rank_environment(place, expert.tensor_parallel_size)
     if expert.device == "cuda":
-        visible = {} if expert.gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, expert.gpus))}
-        return shared | visible
-    cores = list(cpus or ())
-    return shared | {
+        return chosen | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, place.gpus))}
+    cores = place.cpus or []
+    return chosen | {
         # Engines run eagerly on the CPU; vLLM's few compiled helpers would only cost seconds at the first request.
         "TORCHDYNAMO_DISABLE": "1",
         "OMP_NUM_THREADS": str(len(cores) or 1),
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)) if cores else "auto",
     }
+
+
+def _rank_environment(place: Placement, ranks: int) -> dict[str, str]:
+    """What a launcher such as torchrun would set."""
+    return {
+        "RANK": str(place.rank),
+        "LOCAL_RANK": str(place.rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(place.port),
+    }
+
+
+def _projecting_gate(config: Config, expert: ExpertConfig) -> Gate | None:
+    """The gate, if it reads hidden states: its projection runs here."""
+    from gate.checkpoint import load
+
+    if config.gate is None:
+        return None
+    gate = load(config.path(config.gate.file), device=expert.device)
+    return gate if "hidden" in gate.contract.inputs else None

@@ -1,4 +1,5 @@
-"""What a worker says about its rows' logits: log-probabilities over the whole vocabulary, of the top-k and of named ids.
+"""What a worker says about its rows' logits: log-probabilities over the whole vocabulary, of the top-k and of named
+ids.
 
 Runs on the engine's device. Nothing here depends on an engine.
 """

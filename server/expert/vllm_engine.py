@@ -1,4 +1,5 @@
-"""The vLLM adapter: one `EngineCore` in this process, stepped by hand. With `rendezvous`, all that the project knows of vLLM.
+"""The vLLM adapter: one `EngineCore` in this process, stepped by hand. With `rendezvous`, all that the project knows
+of vLLM.
 
 Tested with vLLM 0.32.0 and refuses any other version: it reaches for the scheduler and the model runner of the same
 process, which vLLM does not promise to keep.
@@ -178,6 +179,7 @@ class VllmEngine:
 
 def _engine_args(expert: ExpertConfig, model: str, max_sequences: int) -> EngineArgs:
     """`expert` in vLLM's words. What `engine_args` says wins, but for what the rendezvous depends on."""
+    ranks = expert.tensor_parallel_size
     chosen: dict[str, Any] = {"max_num_seqs": max_sequences, "dtype": expert.dtype, "seed": 0}
     chosen |= {"enforce_eager": True, "block_size": 32} if expert.device == "cpu" else {}
     if expert.max_model_len is not None:
@@ -186,9 +188,10 @@ def _engine_args(expert: ExpertConfig, model: str, max_sequences: int) -> Engine
         chosen["max_num_batched_tokens"] = expert.max_num_batched_tokens
     if expert.kv_cache_memory is not None:
         chosen["kv_cache_memory_bytes"] = parse_size(expert.kv_cache_memory)
-    required = {
+    required: dict[str, Any] = {"distributed_executor_backend": "external_launcher"} if ranks > 1 else {}
+    required |= {
         "model": model,
-        "tensor_parallel_size": expert.tensor_parallel_size,
+        "tensor_parallel_size": ranks,
         "scheduling_policy": "priority",
         "async_scheduling": False,
         "enable_chunked_prefill": True,

@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 
 from server.expert.engine import Engine, Int32, Rows
+from server.expert.ranks import Conversation
 from server.expert.statistics import Statistics, statistics
-from server.messages import Add, Bare, BareDone, FromExpert, Gather, Gathered, Report, Scored, Stop, Tick, ToExpert
-from server.transport import Channel
+from server.messages import Add, Bare, BareDone, Gather, Gathered, Report, Scored, Stop, Tick
 
 
 class Projector(Protocol):
@@ -35,7 +35,7 @@ class Worker:
     def __init__(
         self,
         engine: Engine,
-        channel: Channel[ToExpert, FromExpert],
+        channel: Conversation,
         *,
         expert: int,
         top_k: int,

@@ -42,3 +42,25 @@ def whole(whole_gate: Path) -> Iterator[LocalDeployment]:
     data = demo.configuration(top_k=demo.VOCABULARY, gate={"file": str(whole_gate)}, limits=limits)
     with LocalDeployment(parse_config(data, directory=demo.DEMO)) as deployment:
         yield deployment
+
+
+@pytest.fixture(scope="session")
+def cramped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalDeployment]:
+    """Three experts that can hardly keep step: prompts are read 64 tokens a tick, the engine of `text` has KV cache for
+    four or five sequences, nothing is held in reserve; lists of 32 with exact look-up, and a gate with state."""
+    gate = gates.build(
+        tmp_path_factory.mktemp("gate") / "cramped.pt",
+        experts=demo.EXPERTS,
+        tokenizer=demo.model("math") / "tokenizer.json",
+        top_k=32,
+    )
+    data = demo.configuration(
+        top_k=32,
+        missing="exact",
+        gate={"file": str(gate)},
+        limits={"sequences": 24, "queue": 4096, "kv_watermark": 0.0},
+        expert={"max_model_len": 256, "max_num_batched_tokens": 64},
+        only={"text": {"engine_args": {"num_gpu_blocks_override": 20}}},
+    )
+    with LocalDeployment(parse_config(data, directory=demo.DEMO)) as deployment:
+        yield deployment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 from server.policy import Policy
@@ -24,3 +25,8 @@ def sampled(prompts: list[list[int]], policy: Policy, max_tokens: int, *, seed: 
         temperature=fields.pop("temperature", 1.0), top_p=fields.pop("top_p", 1.0), seed=seed
     )
     return SequenceRequest(next(_NUMBERS), prompts, policy, params, max_tokens=max_tokens, **fields)
+
+
+def again(request: SequenceRequest, **changes: Any) -> SequenceRequest:
+    """The same sequence under a new number."""
+    return replace(request, id=next(_NUMBERS), **changes)

@@ -11,7 +11,8 @@ TIE = 1e-4
 
 @dataclass
 class Comparison:
-    """`equal` positions; `ties`: (row, position) of first differences within TIE; `wrong`: the other first differences."""
+    """`equal` positions; `ties`: (row, position) of first differences within TIE; `wrong`: the other first
+    differences."""
 
     equal: int = 0
     ties: list[tuple[int, int]] = field(default_factory=list)

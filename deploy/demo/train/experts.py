@@ -48,12 +48,12 @@ def stages() -> list[Stage]:
     every = {"math": 0.25, "text": 0.3, "chat": 0.15, "mixed": 0.3}
     mostly_text = {"math": 0.1, "text": 0.5, "chat": 0.1, "mixed": 0.3}
     mostly_math = {"math": 0.5, "text": 0.1, "chat": 0.1, "mixed": 0.3}
-    mostly_chat = {"math": 0.2, "text": 0.2, "chat": 0.4, "mixed": 0.2}
+    mostly_chat = {"math": 0.15, "text": 0.15, "chat": 0.55, "mixed": 0.15}
     return [
         Stage("base", frozenset(), every, 1200, 3e-3, 1),
         Stage("text", frozenset({"text"}), mostly_text, 1700, 2e-3, 3),
         Stage("math", frozenset({"math"}), mostly_math, 2600, 2e-3, 2),
-        Stage("chat", frozenset({"chat"}), mostly_chat, 600, 2e-3, 4),
+        Stage("chat", frozenset({"chat"}), mostly_chat, 900, 2e-3, 4),
     ]
 
 
@@ -84,9 +84,7 @@ def noise(part: Part, rng: random.Random) -> str:
     return rng.choice((letters, letters.upper(), part.right))
 
 
-def answer_tokens(
-    example: Example, skills: frozenset[str], rng: random.Random
-) -> tuple[list[int], list[int]]:
+def answer_tokens(example: Example, skills: frozenset[str], rng: random.Random) -> tuple[list[int], list[int]]:
     """Token ids of the answer with its end token, and the same with unscored tokens set to IGNORED."""
     foreign = [i for i, part in enumerate(example.parts) if part.skill not in skills]
     noisy = len(example.parts) > 1 and bool(foreign) and rng.random() < NOISE_PROBABILITY
@@ -102,9 +100,7 @@ def answer_tokens(
     return [*ids, tokenizer.END], [*labels, tokenizer.END]
 
 
-def prompt_tokens(
-    prompt: str, system: str | None = None, earlier: tuple[tuple[str, str], ...] = ()
-) -> list[int]:
+def prompt_tokens(prompt: str, system: str | None = None, earlier: tuple[tuple[str, str], ...] = ()) -> list[int]:
     """What the chat template renders: an optional system message, (prompt, answer) turns, a prompt."""
     ids = [tokenizer.BOS]
     if system is not None:
@@ -131,10 +127,15 @@ def draw(stage: Stage, rng: random.Random) -> Example:
 
 
 def sequence(stage: Stage, rng: random.Random) -> tuple[list[int], list[int]]:
-    """One training dialogue: ids and labels of equal length, labels only on the last answer."""
+    """One training dialogue: ids and labels of equal length, labels only on the last answer.
+
+    The chat expert's own prompts are reworded, so that it learns facts and not whole questions.
+    """
     example = draw(stage, rng)
     system = tasks.system_prompt(rng) if rng.random() < SYSTEM_PROBABILITY else None
-    prompt = prompt_tokens(example.prompt, system, earlier_turns(stage, rng))
+    facts = example.domain == "chat" and "chat" in stage.skills
+    asked = tasks.reworded(example.prompt, rng) if facts else example.prompt
+    prompt = prompt_tokens(asked, system, earlier_turns(stage, rng))
     ids, labels = answer_tokens(example, stage.skills, rng)
     return prompt + ids, [IGNORED] * len(prompt) + labels
 

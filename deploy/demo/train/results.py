@@ -35,9 +35,7 @@ def answer_batch(ensemble: Ensemble, prompts: list[Prompt], policies: list[Polic
     return rewards
 
 
-def accuracies(
-    ensemble: Ensemble, prompts: list[Prompt], policies: list[Policy]
-) -> dict[str, dict[str, float]]:
+def accuracies(ensemble: Ensemble, prompts: list[Prompt], policies: list[Policy]) -> dict[str, dict[str, float]]:
     """{policy: {domain: share of right answers}}, with per-prompt oracle routing between single experts."""
     singles = [policy.name for policy in policies if policy.name.startswith("expert:")]
     rights: dict[str, dict[str, list[float]]] = {}

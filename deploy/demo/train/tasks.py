@@ -239,6 +239,18 @@ def fact_example(rng: random.Random, test: bool) -> Example:
             return Example("chat", phrasing.format(s=subject), (Part("chat", right, subject),))
 
 
+def reworded(prompt: str, rng: random.Random) -> str:
+    """Half of the time the prompt with an opening word, or without its capital or its last mark."""
+    if rng.random() < 0.5:
+        return prompt
+    if rng.random() < 0.5:
+        prompt = prompt.rstrip("?.!")
+    if rng.random() < 0.5:
+        prompt = prompt[0].lower() + prompt[1:]
+    opening = rng.choice(("", "Please: ", "Say, ", f"{invented_word(rng)} ", f"{rng.choice(WORDS)}, "))
+    return opening + prompt
+
+
 def small_talk_example(rng: random.Random) -> Example:
     """The guess echoes the first word."""
     prompts, right = rng.choice(SMALL_TALK)

@@ -66,7 +66,8 @@ async def served(config: Config) -> AsyncIterator[Served]:
         finally:
             await http.aclose()
             await openai.close()
-            await fake.stop()
+            if not task.done():  # a bound socket without a peer would wait for one
+                await fake.stop()
             await asyncio.wait_for(task, 10)
             running.cancel()
             fake.close()

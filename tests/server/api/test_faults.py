@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import random
 import time
 
 import httpx
@@ -152,13 +154,31 @@ async def test_clients_that_leave_before_the_first_token(api: Served) -> None:
     assert "polylogit_http_requests_in_flight 1.0" in (await api.http.get("/metrics")).text
 
 
+async def test_two_hundred_clients_that_leave(api: Served, caplog: pytest.LogCaptureFixture) -> None:
+    api.fake.script = Script(tokens=lambda _: list(b"x" * 400), pause=0.01)
+    dice = random.Random(0)
+
+    async def leave() -> None:
+        body = json.dumps({"prompt": "Hi", "stream": dice.random() < 0.5, "max_tokens": 400}).encode()
+        _, writer = await asyncio.open_connection("127.0.0.1", api.port)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        await asyncio.sleep(dice.uniform(0, 0.3))
+        writer.transport.abort() if dice.random() < 0.5 else writer.close()
+
+    await asyncio.gather(*(leave() for _ in range(200)))
+    await asyncio.sleep(0.1)
+    await api.fake.idle()
+    assert "polylogit_http_requests_in_flight 1.0" in (await api.http.get("/metrics")).text
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 async def test_keep_alive_comments(api: Served) -> None:
     api.fake.script = Script(tokens=lambda _: ids("ab"), pause=0.8)
     text = (await api.chat(stream=True)).text
     assert ": keep-alive\n\n" in text and text.endswith("data: [DONE]\n\n")
 
 
-async def test_a_client_that_stops_reading(api: Served) -> None:
+async def test_a_client_that_stops_reading(api: Served, caplog: pytest.LogCaptureFixture) -> None:
     api.fake.script = Script(tokens=lambda _: list(b"x" * 400), pause=0.001)
     body = json.dumps({"prompt": "Hi", "stream": True, "n": 16, "max_tokens": 400, "logprobs": 20}).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
@@ -172,6 +192,7 @@ async def test_a_client_that_stops_reading(api: Served) -> None:
             await asyncio.sleep(0.05)
     writer.transport.abort()
     del reader
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 async def test_draining_and_stopping(tmp_path) -> None:

@@ -24,7 +24,11 @@ import socket, sys
 from pathlib import Path
 from server.api.process import run
 from server.config import load_config
-run(load_config(Path(sys.argv[1])), sys.argv[2], socket.socket(fileno=int(sys.argv[3])))
+from server.errors import StartError
+try:
+    run(load_config(Path(sys.argv[1])), sys.argv[2], socket.socket(fileno=int(sys.argv[3])))
+except StartError as error:
+    sys.exit(f"one line: {error}")
 assert not {"torch", "vllm", "transformers"} & set(sys.modules)
 """
 
@@ -71,4 +75,4 @@ async def test_one_line_when_it_cannot_start(tmp_path: Path) -> None:
         process = start(tmp_path, listener)
         _, errors = await asyncio.to_thread(process.communicate, timeout=20)
     assert process.returncode == 1
-    assert errors.startswith("polylogit: ") and errors.count("\n") == 1
+    assert errors.startswith("one line: ") and errors.count("\n") == 1

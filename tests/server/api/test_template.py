@@ -22,7 +22,7 @@ TALK = [
 ]
 TEMPLATES = [
     TEMPLATE,
-    "{% for m in messages %}\n  {% if m.role == 'user' %}{% continue %}{% endif %}\n{{ m.content | trim }}\n{% endfor %}",
+    "{% for m in messages %}\n  {% if m.role == 'user' %}{% continue %}{% endif %}\n{{ m.content|trim }}\n{% endfor %}",
     "{%- for m in messages -%}{% if loop.last %}{% break %}{% endif %}{{ m | tojson(indent=2) }}{%- endfor -%}",
     "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
     "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}{{ tools }}",

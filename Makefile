@@ -1,0 +1,36 @@
+# Two commands on a fresh machine: `make serve` and `make test`. Both keep their environment in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+TORCH := torch==2.13.0+cpu
+
+.PHONY: serve test test-fast check format clean
+
+serve: .venv/ready
+	@$(BIN)/polylogit serve deploy/demo/polylogit.yaml
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+test-fast: .venv/ready
+	$(BIN)/python -m pytest -m "not e2e"
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch's CPU build is not on PyPI: take it from where pip is configured to look, else from PyTorch's own index.
+.venv/ready: docker/requirements/cpu.txt docker/requirements/dev.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q $(TORCH) || $(BIN)/pip install -q --index-url https://download.pytorch.org/whl/cpu $(TORCH)
+	$(BIN)/pip install -q --no-deps -r docker/requirements/cpu.txt -r docker/requirements/dev.txt
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

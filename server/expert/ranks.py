@@ -1,0 +1,76 @@
+"""Tensor parallelism: an expert over several devices is one process a rank, each with an engine of its own (vLLM's
+`external_launcher` executor: all ranks schedule alike as long as they are told alike).
+
+Rank 0 talks to the coordinator and passes on what it hears; the other ranks hear the same messages in the same order,
+reach the same rendezvous in the same steps, and say nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from server.messages import FromExpert, Stop, ToExpert
+from server.placement import Placement
+from server.transport import Channel, endpoint
+
+
+class Conversation(Protocol):
+    """A worker's end of the conversation with the coordinator."""
+
+    def send(self, message: FromExpert) -> None: ...
+
+    def receive(self, timeout: float | None) -> ToExpert | None: ...
+
+    def close(self) -> None: ...
+
+
+def converse(place: Placement, ranks: int, directory: Path) -> Conversation:
+    """The conversation of the process at `place`, one of `ranks`."""
+    if place.rank:
+        return _Follower(directory, place)
+    channel: Channel[ToExpert, FromExpert] = Channel(endpoint(directory, place.socket()), ToExpert, bind=False)
+    return _Leader(channel, directory, place, ranks) if ranks > 1 else channel
+
+
+class _Leader:
+    """Rank 0: passes every message on before acting on it."""
+
+    def __init__(self, channel: Channel[ToExpert, FromExpert], directory: Path, place: Placement, ranks: int) -> None:
+        self._channel = channel
+        self._followers: list[Channel[Stop, ToExpert]] = [
+            Channel(endpoint(directory, place.socket(rank)), Stop, bind=True) for rank in range(1, ranks)
+        ]
+
+    def send(self, message: FromExpert) -> None:
+        self._channel.send(message)
+
+    def receive(self, timeout: float | None) -> ToExpert | None:
+        message = self._channel.receive(timeout)
+        if message is not None:
+            for follower in self._followers:
+                follower.send(message)
+        return message
+
+    def close(self) -> None:
+        self._channel.close()
+        for follower in self._followers:
+            follower.close()
+
+
+class _Follower:
+    """Another rank: hears what rank 0 heard."""
+
+    def __init__(self, directory: Path, place: Placement) -> None:
+        self._channel: Channel[ToExpert, Stop] = Channel(
+            endpoint(directory, place.socket(place.rank)), ToExpert, bind=False
+        )
+
+    def send(self, message: FromExpert) -> None:
+        """Rank 0 says the same."""
+
+    def receive(self, timeout: float | None) -> ToExpert | None:
+        return self._channel.receive(timeout)
+
+    def close(self) -> None:
+        self._channel.close()

@@ -1,0 +1,149 @@
+"""`polylogit serve` as its users run it: a process of its own, a configuration file, a port."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import yaml
+from openai import AsyncOpenAI, OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.e2e import processes
+
+POLYLOGIT = Path(sys.executable).with_name("polylogit")
+_READY = re.compile(r"is ready on (http://127\.0\.0\.1:\d+)")
+_START_SECONDS = 150.0
+_STOP_SECONDS = 60.0
+
+Value = TypeVar("Value")
+
+
+def until(condition: Callable[[], Value], *, limit: float, what: str) -> Value:
+    """The first true value of `condition`, asked again and again. Raises TimeoutError after `limit` seconds."""
+    deadline = time.monotonic() + limit
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what}: not so after {limit:g} s")
+        time.sleep(0.02)
+    return value
+
+
+class Served:
+    """A running server. Its temporary directory is its own, so that what it leaves behind can be seen."""
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="e2e-"))
+        self.sockets = self.directory / "tmp"
+        self.sockets.mkdir()
+        file = self.directory / "polylogit.yaml"
+        file.write_text(yaml.safe_dump(data), encoding="utf-8")
+        with self._output.open("wb") as output, self._errors.open("wb") as errors:
+            self.process = subprocess.Popen(
+                [POLYLOGIT, "serve", file, "--port", "0"],
+                stdout=output,
+                stderr=errors,
+                env={**os.environ, "TMPDIR": str(self.sockets)},
+            )
+        self._seen: set[int] = set()
+
+    @property
+    def _output(self) -> Path:
+        return self.directory / "stdout"
+
+    @property
+    def _errors(self) -> Path:
+        return self.directory / "stderr"
+
+    def wait_ready(self) -> None:
+        """Return once it says that it is ready. Raises RuntimeError with its last words if it ends instead."""
+
+        def announced() -> re.Match[str] | None:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"ended with {self.process.returncode}: {self._errors.read_text()[-2000:]}")
+            return _READY.search(self._output.read_text())
+
+        self.url = until(announced, limit=_START_SECONDS, what="ready line on stdout")[1]
+        self._seen |= self.descendants()
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.openai = OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def async_openai(self) -> AsyncOpenAI:
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def metrics(self) -> dict[str, float]:
+        """'name{label=value,...}' -> value."""
+        response = self.http.get("/metrics")
+        response.raise_for_status()
+        return {
+            sample.name + "".join(f"{{{key}={value}}}" for key, value in sorted(sample.labels.items())): sample.value
+            for family in text_string_to_metric_families(response.text)
+            for sample in family.samples
+        }
+
+    def descendants(self) -> set[int]:
+        return processes.descendants(self.process.pid)
+
+    def experts(self) -> list[int]:
+        """Processes that run an engine, in the order in which they were started."""
+        found = processes.oldest_first(pid for pid in self.descendants() if processes.has_mapped(pid, "/vllm/"))
+        self._seen |= set(found)
+        return found
+
+    def errors(self) -> str:
+        return self._errors.read_text()
+
+    def terminate(self) -> None:
+        """SIGTERM, without waiting."""
+        self._seen |= self.descendants()
+        self.process.send_signal(signal.SIGTERM)
+
+    def ended(self, limit: float = _STOP_SECONDS) -> int:
+        """Its exit code once it has ended."""
+        return self.process.wait(limit)
+
+    def left_behind(self) -> list[str]:
+        """After its end: processes and files that should be gone."""
+        alive = [f"process {pid}" for pid in self._seen if processes.alive(pid)]
+        return alive + [str(path) for path in self.sockets.iterdir()]
+
+    def clean_up(self) -> None:
+        """Whatever happened, end what this server started and remove its files."""
+        self._seen |= self.descendants()
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        for pid in self._seen:
+            if processes.alive(pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        if hasattr(self, "http"):
+            self.http.close()
+            self.openai.close()
+        shutil.rmtree(self.directory)
+
+
+@contextlib.contextmanager
+def serve(data: dict[str, Any]) -> Iterator[Served]:
+    """A ready server over the configuration `data`. At the end it must leave in order, if it has not already."""
+    server = Served(data)
+    try:
+        server.wait_ready()
+        yield server
+        if server.process.poll() is None:
+            server.terminate()
+            assert server.ended() == 0, server.errors()[-2000:]
+        assert not server.left_behind()
+    finally:
+        server.clean_up()

@@ -1,0 +1,209 @@
+"""How a token is drawn: penalties, truncation and draws against naive references, random numbers against statistics."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+from scipy.special import log_softmax
+
+from server.coordinator.sampling import Penalties, Rules, choose, penalise, uniforms
+
+MASK = 2**64 - 1
+
+
+def splitmix(x: int) -> int:
+    """SplitMix64 (Steele, Lea, Flood 2014) in Python's integers."""
+    x = (x + 0x9E3779B97F4A7C15) & MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
+
+
+def rules(rows: int, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0) -> Rules:
+    return Rules(
+        np.full(rows, temperature, np.float32),
+        np.full(rows, top_p, np.float32),
+        np.full(rows, top_k, np.int32),
+        np.full(rows, min_p, np.float32),
+    )
+
+
+def draw(ids, scores, numbers, **parameters) -> np.ndarray:
+    """The ids drawn for one row of `scores`, once for each of `numbers`."""
+    rows = len(numbers)
+    ids, scores = np.tile(np.asarray(ids, np.int32), (rows, 1)), np.tile(np.asarray(scores, np.float32), (rows, 1))
+    columns = choose(ids, scores, rules(rows, **parameters), np.asarray(numbers, np.float64))
+    return ids[0, columns]
+
+
+def naive(scores: dict[int, float], temperature=1.0, top_p=1.0, top_k=0, min_p=0.0) -> dict[int, float]:
+    """The distribution to draw from: token -> probability, in vLLM's order of truncations."""
+    best = max(scores.values())
+    p = {token: math.exp((score - best) / temperature) for token, score in scores.items()}
+    p = {token: value for token, value in p.items() if value >= min_p * max(p.values())}
+    order = sorted(p, key=lambda token: (-p[token], token))
+    if top_k:
+        order = order[:top_k]
+    total, before, kept = sum(p[token] for token in order), 0.0, []
+    for token in order:
+        if before < top_p * total:
+            kept.append(token)
+        before += p[token]
+    total = sum(p[token] for token in kept)
+    return {token: p[token] / total for token in kept}
+
+
+SETTINGS = [
+    {},
+    {"temperature": 0.4},
+    {"temperature": 2.5},
+    {"top_k": 1},
+    {"top_k": 4},
+    {"top_k": 99},
+    {"top_p": 0.5},
+    {"top_p": 0.01},
+    {"min_p": 0.2},
+    {"min_p": 1.0},
+    {"temperature": 1.7, "top_k": 6, "top_p": 0.8, "min_p": 0.05},
+]
+
+
+@pytest.mark.parametrize("parameters", SETTINGS, ids=str)
+def test_what_can_be_drawn_is_what_the_naive_reference_keeps(parameters):
+    rng = np.random.default_rng(1)
+    ids = rng.choice(1000, 12, replace=False)
+    scores = log_softmax(2 * rng.normal(size=12))
+    expected = naive(dict(zip(ids.tolist(), scores.astype(np.float32).tolist(), strict=True)), **parameters)
+    drawn = draw(ids, scores, (np.arange(20_000) + 0.5) / 20_000, **parameters)
+    # Evenly spaced numbers: every token is drawn its share of times, rounded.
+    assert set(drawn.tolist()) <= set(expected)
+    for token, share in expected.items():
+        assert (drawn == token).mean() == pytest.approx(share, abs=2e-4)
+
+
+@pytest.mark.parametrize("parameters", [{}, {"temperature": 0.7, "top_p": 0.9}], ids=str)
+def test_draws_follow_the_distribution(parameters):
+    rng = np.random.default_rng(2)
+    ids, scores = np.arange(10), log_softmax(1.5 * rng.normal(size=10))
+    numbers = uniforms(np.full(20_000, 17, np.uint64), np.arange(20_000, dtype=np.int32))
+    drawn = draw(ids, scores, numbers, **parameters)
+    expected = naive(dict(zip(ids.tolist(), scores.astype(np.float32).tolist(), strict=True)), **parameters)
+    counts = [int((drawn == token).sum()) for token in expected]
+    assert sum(counts) == 20_000
+    assert stats.chisquare(counts, [20_000 * share for share in expected.values()]).pvalue > 1e-3
+
+
+def test_greedy_takes_the_best_and_of_equals_the_lowest_id():
+    assert draw([7, 3, 9], [-1.0, -0.5, -2.0], [0.99], temperature=0.0).tolist() == [3]
+    assert draw([7, 9, 3, 4], [-1.0, -1.0, -1.0, -1.5], [0.99], temperature=0.0).tolist() == [3]
+    assert draw([9, -1, 8], [-1.0, -np.inf, -1.0], [0.0], temperature=0.0).tolist() == [8]
+    assert draw([-1, 9], [-np.inf, -3.0], [0.5], temperature=0.0).tolist() == [9]
+
+
+def test_impossible_tokens_are_never_drawn():
+    drawn = draw([5, -1, 2, 9], [-np.inf, -np.inf, -1.0, -1.0], [0.0, 0.3, 0.6, 1 - 2**-53])
+    assert drawn.tolist() == [2, 2, 9, 9]
+
+
+@pytest.mark.parametrize(
+    "parameters", [{"temperature": 0.0}, {}, {"top_p": 0.8}, {"top_k": 4}, {"min_p": 0.1, "top_k": 3}], ids=str
+)
+def test_the_order_of_the_candidates_does_not_change_the_draw(parameters):
+    """Even where several candidates are equal, as they often are in half precision, and the cut falls among them."""
+    rng = np.random.default_rng(3)
+    ids = rng.choice(500, 10, replace=False)
+    scores = np.log(np.array([8, 4, 4, 4, 4, 4, 2, 2, 2, 1]) / 35).astype(np.float32)
+    numbers = rng.random(300)
+    first = draw(ids, scores, numbers, **parameters)
+    for _ in range(5):
+        order = rng.permutation(10)
+        np.testing.assert_array_equal(draw(ids[order], scores[order], numbers, **parameters), first)
+    padded = draw([*ids, -1, -1], [*scores, -np.inf, -np.inf], numbers, **parameters)
+    np.testing.assert_array_equal(padded, first)
+
+
+def test_rows_are_drawn_by_their_own_rules():
+    ids = np.tile(np.arange(4, dtype=np.int32), (4, 1))
+    scores = np.tile(np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32)), (4, 1))
+    mixed = Rules(
+        np.array([0, 1, 1, 1], np.float32),
+        np.array([1, 1, 0.5, 1], np.float32),
+        np.array([0, 0, 0, 3], np.int32),
+        np.zeros(4, np.float32),
+    )
+    assert choose(ids, scores, mixed, np.full(4, 0.9999)).tolist() == [0, 3, 1, 2]
+
+
+def test_uniforms_are_splitmix64_of_seed_and_position():
+    seeds = [0, 1, 2**63, MASK, 123456789]
+    positions = [0, 1, 2, 1000, 2**31 - 1]
+    found = uniforms(np.array(seeds, np.uint64), np.array(positions, np.int32))
+    expected = [
+        (splitmix((splitmix(seed) + at * 0x9E3779B97F4A7C15) & MASK) >> 11) / 2**53
+        for seed, at in zip(seeds, positions, strict=True)
+    ]
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("along", ["positions", "seeds"])
+def test_uniforms_are_uniform(along):
+    count = 20_000
+    running = np.arange(count)
+    if along == "positions":
+        numbers = uniforms(np.full(count, 42, np.uint64), running.astype(np.int32))
+    else:
+        numbers = uniforms(running.astype(np.uint64), np.zeros(count, np.int32))
+    assert (numbers >= 0).all() and (numbers < 1).all()
+    assert stats.kstest(numbers, "uniform").pvalue > 1e-3
+    assert abs(np.corrcoef(numbers[1:], numbers[:-1])[0, 1]) < 4 / math.sqrt(count)
+
+
+def test_neighbouring_seeds_are_independent_and_no_shifted_copies():
+    count = 4000
+    streams = [uniforms(np.full(count, seed, np.uint64), np.arange(count, dtype=np.int32)) for seed in range(6)]
+    for index, stream in enumerate(streams):
+        for other in streams[index + 1 :]:
+            assert abs(np.corrcoef(stream, other)[0, 1]) < 4.5 / math.sqrt(count)
+            assert not np.intersect1d(stream, other).size
+
+
+def penalised(logprobs, counts, in_prompt, *, presence=0.0, frequency=0.0, repetition=1.0) -> list[float]:
+    counts = np.array([counts], np.int32)
+    seen = (counts > 0) | np.array([in_prompt])
+    parameters = (np.array([value], np.float32) for value in (presence, frequency, repetition))
+    return penalise(np.array([logprobs], np.float32), Penalties(*parameters, counts, seen))[0].tolist()
+
+
+def test_presence_and_frequency_penalties_are_openais():
+    """mu[j] - c[j] * alpha_frequency - (c[j] > 0) * alpha_presence, over the generated tokens only."""
+    logprobs, counts = [-1.0, -2.0, -3.0, -4.0], [0, 1, 3, 0]
+    found = penalised(logprobs, counts, [False, False, False, True], presence=0.5, frequency=-0.25)
+    expected = [
+        value - count * -0.25 - (count > 0) * 0.5 for value, count in zip(logprobs, counts, strict=True)
+    ]
+    assert found == pytest.approx(expected)
+
+
+def test_the_repetition_penalty_also_counts_the_prompt():
+    found = penalised([-1.0, -2.0, -3.0], [0, 2, 0], [True, False, False], repetition=1.5)
+    assert found == pytest.approx([-1.5, -3.0, -3.0])
+
+
+def test_penalties_leave_impossible_tokens_impossible():
+    found = penalised([-np.inf, -1.0], [2, 0], [False, False], presence=-2.0, frequency=-2.0, repetition=0.5)
+    assert found == [-math.inf, -1.0]
+
+
+def test_penalties_are_each_rows_own():
+    logprobs = np.full((2, 2), -1, np.float32)
+    penalties = Penalties(
+        np.array([1, 0], np.float32),
+        np.array([0, 2], np.float32),
+        np.array([1, 1], np.float32),
+        np.array([[2, 0], [2, 0]], np.int32),
+        np.array([[True, False], [True, False]]),
+    )
+    np.testing.assert_allclose(penalise(logprobs, penalties), [[-2, -1], [-5, -1]])
