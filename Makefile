@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := torch==2.13.0+cpu
 
-.PHONY: serve test test-fast check format clean
+.PHONY: serve test test-fast check format evaluate bench clean
 
 serve: .venv/ready
 	@$(BIN)/polylogit serve deploy/demo/polylogit.yaml
@@ -19,6 +19,12 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+evaluate: .venv/ready
+	deploy/demo/evaluate.sh
+
+bench: .venv/ready
+	$(BIN)/polylogit bench deploy/demo/polylogit.yaml --experts math,text --json deploy/demo/report/bench.json
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

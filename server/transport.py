@@ -7,6 +7,7 @@ Nothing is pickled, and a message that does not decode as one of the expected ty
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -42,12 +43,23 @@ class Channel(Generic[Incoming, Outgoing]):
             self._socket.bind(address)
         else:
             self._socket.connect(address)
+        self._unsent: deque[bytes] = deque()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Incoming] = msgspec.msgpack.Decoder(incoming)
 
     def send(self, message: Outgoing) -> None:
-        """Queue `message`; never blocks."""
-        self._socket.send(self._encoder.encode(message), copy=True)
+        """Queue `message`; never blocks. A message for a peer that has not connected yet waits for it here."""
+        self._unsent.append(self._encoder.encode(message))
+        self.flush()
+
+    def flush(self) -> None:
+        """Hand what waits to the socket, as far as it takes it."""
+        try:
+            while self._unsent:
+                self._socket.send(self._unsent[0], zmq.NOBLOCK)
+                self._unsent.popleft()
+        except zmq.Again:
+            return
 
     def receive(self, timeout: float | None) -> Incoming | None:
         """The next message, or None after `timeout` seconds (None: wait for ever, 0: do not wait)."""
@@ -94,6 +106,8 @@ class Selector:
 
     def dispatch(self, timeout: float) -> None:
         """Wait at most `timeout` seconds for anything; handle one message of each channel that has some."""
+        for channel, _ in self._handlers.values():
+            channel.flush()
         for socket, _ in self._poller.poll(round(timeout * 1000)):
             # A handler before this one may have closed the channel.
             if (entry := self._handlers.get(socket)) is not None:

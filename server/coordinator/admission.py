@@ -93,7 +93,7 @@ class Admission:
         while not self._table.full and (head := self.waiting.peek()) is not None:
             order, request = head
             expected = self._expected(request)
-            if not expected.any() or not self._has_room(request, expected):
+            if not self._has_room(request, expected):
                 return
             self.waiting.pop()
             self._table.admit(
@@ -106,12 +106,12 @@ class Admission:
             )
 
     def _expected(self, request: SequenceRequest) -> Bool:
-        """bool[E]: the experts that `request` will use. Where lost experts are done without, those that are up."""
+        """bool[E]: the experts that `request` will use. Where lost experts are done without, those that are up; a
+        request none of whose experts is up waits for them in the table, where it holds up nobody."""
         expected = np.zeros(len(self._links), bool)
         expected[participants(request.policy, self._names)] = True
-        if self._config.on_expert_loss == "degrade":
-            expected &= [link.up for link in self._links]
-        return expected
+        up = expected & [link.up for link in self._links]
+        return up if self._config.on_expert_loss == "degrade" and up.any() else expected
 
     def _has_room(self, request: SequenceRequest, expected: Bool) -> bool:
         """Whether the prompt fits beside what runs in every engine; with nothing running, anything possible does."""

@@ -26,6 +26,9 @@ from server.policy import (
     Weights,
 )
 
+_HOPELESS = np.float32(-1e30)
+"""A score that leaves a softmax nothing beside any other, and shares evenly among its like."""
+
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
@@ -47,7 +50,7 @@ def coefficients(policy: Policy, experts: list[str], evidence: Evidence) -> Floa
     """float32[B, E]: the rule's coefficients, 0 for experts that are not available.
 
     Where the coefficients are shares, the available experts' are rescaled to make up for the lost ones. Where a rule
-    gives weight only to experts that are not available, the available ones share equally.
+    gives positive weight only to experts that are not available, the available ones share equally.
     """
     wanted = _rule(policy, experts, evidence)
     available = evidence.available
@@ -58,7 +61,8 @@ def coefficients(policy: Policy, experts: list[str], evidence: Evidence) -> Floa
         total, left = wanted.sum(axis=1, keepdims=True), kept.sum(axis=1, keepdims=True)
         kept = kept * np.where((total > 0) & (left > 0), total / np.where(left > 0, left, 1), 1)
     equal = available / np.maximum(available.sum(axis=1, keepdims=True), 1)
-    return np.where((kept != 0).any(axis=1, keepdims=True), kept, equal).astype(np.float32)
+    bereft = (wanted > 0).any(axis=1, keepdims=True) & ~(kept > 0).any(axis=1, keepdims=True)
+    return np.where(bereft, equal, kept).astype(np.float32)
 
 
 def space(policy: Policy, gate_space: Space) -> Space:
@@ -93,7 +97,7 @@ def _rule(policy: Policy, experts: list[str], evidence: Evidence) -> Float32:
         case FusionRoute(router=router):
             return _routed(experts.index(router), evidence.gate)
         case Perplexity(tau=tau):
-            return _softmax(np.where(evidence.available, -evidence.cross_entropy / tau, -np.inf))
+            return _softmax(np.where(evidence.available, -evidence.cross_entropy / tau, _HOPELESS))
     return np.broadcast_to(_constant(policy, experts), shape).copy()
 
 

@@ -65,9 +65,10 @@ class Fuser:
     def fuse(self, table: SequenceTable, slots: Int64) -> Fused:
         """Fuse the kept rows of `slots` (each complete) and advance their gate state."""
         ids, logprobs = table.ids[slots], table.logprobs[slots]
+        exact = table.exact_logprobs[slots]
         available = table.expected[slots] & table.usable[slots]
-        self._mask_unusable(table, slots, ids, logprobs, available)
-        listed = tabulate(ids, logprobs, table.exact_ids[slots], table.exact_logprobs[slots], self._vocabulary)
+        self._mask_unusable(table, slots, ids, logprobs, exact, available)
+        listed = tabulate(ids, logprobs, table.exact_ids[slots], exact, self._vocabulary)
         if self._missing == "exact":
             listed = self._look_up_missing(table, slots, listed)
         values = fill_tail(listed, logprobs[:, :, -1], self._vocabulary)
@@ -80,19 +81,19 @@ class Fuser:
             logprobs=fused,
             coefficients=chosen,
             exact_columns=listed.exact_columns,
-            lost=fused.max(axis=1) == -np.inf,
+            lost=(fused.max(axis=1) == -np.inf) | ~available.any(axis=1),
             ungated=ungated,
         )
 
     def _mask_unusable(
-        self, table: SequenceTable, slots: Int64, ids: Int32, logprobs: Float32, available: Bool
+        self, table: SequenceTable, slots: Int64, ids: Int32, logprobs: Float32, exact: Float32, available: Bool
     ) -> None:
         """Empty the lists of experts whose row is NaN or -inf throughout; they are not available for this token."""
         if available.all():
             return
         for expert, counters in enumerate(self._counters.experts):
             counters.masked_rows += int((table.expected[slots, expert] & ~available[:, expert]).sum())
-        ids[~available], logprobs[~available] = -1, -np.inf
+        ids[~available], logprobs[~available], exact[~available] = -1, -np.inf, -np.inf
 
     def _look_up_missing(self, table: SequenceTable, slots: Int64, found: Table) -> Table:
         """Ask each expert for the candidates that it did not list itself."""

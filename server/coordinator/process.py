@@ -82,6 +82,8 @@ class CoordinatorProcess:
             self._serve()
         self._api.send(Stop())
         self._experts.stop()
+        self._api.close()
+        self._control.close()
 
     def _serve(self) -> None:
         """Tick until stopped."""
@@ -94,7 +96,7 @@ class CoordinatorProcess:
                 self._await_reports()
             else:
                 self._selector.dispatch(_IDLE_SECONDS)
-                self._watch_starts()
+            self._watch_starts()
             coordinator.tick()
             self._watch_drain(coordinator)
             for message in coordinator.outbox:

@@ -104,10 +104,11 @@ def _choose(
             continue
         heat = np.float64(temperature[row])
         probabilities = np.exp((scores[row].astype(np.float64) - scores[row, best]) / heat)
-        _truncate(probabilities, top_p[row], top_k[row], min_p[row])
+        by_id = np.argsort(ids[row])
+        _truncate(probabilities, by_id, top_p[row], top_k[row], min_p[row])
         point = uniforms[row] * probabilities.sum()
         reached = 0.0
-        for column in np.argsort(ids[row]):
+        for column in by_id:
             if probabilities[column] > 0:
                 reached += probabilities[column]
                 chosen[row] = column
@@ -117,14 +118,15 @@ def _choose(
 
 
 @compiled
-def _truncate(probabilities: Float64, top_p: float, top_k: int, min_p: float) -> None:
-    """Zero what min_p, top_k and top_p leave out, in this order, of unnormalised probabilities [U]."""
+def _truncate(probabilities: Float64, by_id: Int64, top_p: float, top_k: int, min_p: float) -> None:
+    """Zero what min_p, top_k and top_p leave out, in this order, of unnormalised probabilities [U]. Of equals the first
+    of the columns `by_id` [U] stay."""
     if min_p > 0:
         floor = min_p * probabilities.max()
         probabilities[probabilities < floor] = 0
     if top_p >= 1 and not 0 < top_k < len(probabilities):
         return
-    order = np.argsort(-probabilities, kind="mergesort")
+    order = by_id[np.argsort(-probabilities[by_id], kind="mergesort")]
     if 0 < top_k < len(probabilities):
         probabilities[order[top_k:]] = 0
     if top_p < 1:

@@ -8,6 +8,7 @@ So there is one exchange a step, and an engine with nothing in it waits for a `T
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -24,6 +25,14 @@ class Projector(Protocol):
     """The gate's part that runs here: `project(expert, hidden[B, H]) -> [B, d]`."""
 
     def project(self, expert: int, hidden: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What rows asked for: `temperatures` [B, 1], None when all are 1; `exact_ids` int64[B, X], None without any."""
+
+    temperatures: torch.Tensor | None
+    exact_ids: torch.Tensor | None
 
 
 class Worker:
@@ -50,6 +59,7 @@ class Worker:
         self._retain = retain
         self._retained: dict[int, Statistics] = {}
         self._shown: tuple[Int32, Statistics] | None = None
+        self._asked_of: tuple[bytes, _Asked] | None = None
         self._number = 0
         self._sequences: dict[int, Add] = {}
         self._tick: Tick | None = None
@@ -87,6 +97,8 @@ class Worker:
         if (tick := self._tick) is None:
             return
         self._tick, self._number = None, tick.number
+        if tick.add:
+            self._asked_of = None
         if gone := tick.drop + tick.park:
             self._engine.drop(gone)
         for slot in gone:
@@ -108,9 +120,10 @@ class Worker:
 
     def _exchange(self, rows: Rows) -> Int32:
         """Report `rows`, answer questions about them, return their tokens int32[B]."""
-        figures = statistics(rows.logits, self._temperatures(rows))
+        asked = self._asked(rows)
+        figures = statistics(rows.logits, asked.temperatures)
         self._shown = (rows.slots, figures) if self._retain else None
-        self._channel.send(self._report(rows, figures))
+        self._channel.send(self._report(rows, figures, asked))
         while True:
             match self._channel.receive(None):
                 case Gather() as gather:
@@ -138,7 +151,7 @@ class Worker:
                 answer[index] = _gathered(self._retained[slot], ids[index : index + 1])[0]
         self._channel.send(Gathered(answer.tobytes()))
 
-    def _report(self, rows: Rows, figures: Statistics) -> Report:
+    def _report(self, rows: Rows, figures: Statistics, asked: _Asked) -> Report:
         ids, logprobs = figures.top_k(self._top_k)
         return Report(
             number=self._number,
@@ -146,28 +159,20 @@ class Worker:
             positions=rows.positions.tobytes(),
             ids=_int32_bytes(ids),
             logprobs=_float32_bytes(logprobs),
-            exact=self._exact(rows.slots, figures),
+            exact=b"" if asked.exact_ids is None else _float32_bytes(figures.gather(asked.exact_ids)),
             projected=self._project(rows.hidden),
             step_seconds=time.perf_counter() - self._step_started,
             load=self._engine.load(),
             cached_tokens=self._engine.cached_tokens(),
         )
 
-    def _temperatures(self, rows: Rows) -> torch.Tensor | None:
-        """[B, 1], or None when all are 1."""
-        values = [self._sequences[slot].temperature for slot in rows.slots.tolist()]
-        if all(value == 1.0 for value in values):
-            return None
-        return torch.tensor(values, device=rows.logits.device)[:, None]
-
-    def _exact(self, slots: Int32, figures: Statistics) -> bytes:
-        """float32[B, X] of each row's own exact ids, X the longest list among the rows."""
-        lists = [self._sequences[slot].exact_ids for slot in slots.tolist()]
-        width = max(map(len, lists), default=0)
-        if width == 0:
-            return b""
-        ids = torch.tensor([ids + [-1] * (width - len(ids)) for ids in lists], device=figures.logits.device)
-        return _float32_bytes(figures.gather(ids))
+    def _asked(self, rows: Rows) -> _Asked:
+        """What the rows' sequences asked for; kept while the same sequences are in the same rows."""
+        key = rows.slots.tobytes()
+        if self._asked_of is None or self._asked_of[0] != key:
+            adds = [self._sequences[slot] for slot in rows.slots.tolist()]
+            self._asked_of = (key, _ask(adds, rows.logits.device))
+        return self._asked_of[1]
 
     def _project(self, hidden: torch.Tensor | None) -> bytes:
         if self._projector is None or hidden is None or not len(hidden):
@@ -177,6 +182,16 @@ class Worker:
     def _send_scores(self) -> None:
         for sequence, logprobs in self._engine.scores():
             self._channel.send(Scored(sequence, logprobs.astype(np.float32).tobytes()))
+
+
+def _ask(adds: list[Add], device: torch.device) -> _Asked:
+    temperatures = [add.temperature for add in adds]
+    width = max((len(add.exact_ids) for add in adds), default=0)
+    padded = [add.exact_ids + [-1] * (width - len(add.exact_ids)) for add in adds]
+    return _Asked(
+        torch.tensor(temperatures, device=device)[:, None] if any(value != 1.0 for value in temperatures) else None,
+        torch.tensor(padded, device=device) if width else None,
+    )
 
 
 def _gathered(figures: Statistics, ids: Int32) -> npt.NDArray[np.float32]:

@@ -147,8 +147,8 @@ def test_wrong_types_and_ranges_name_the_place(data, where):
         ({"experts": [A, A]}, "two are named 'a'"),
         ({"policies": {"uniform": {}, "a": {"rule": "product"}}}, "also the name of an expert"),
         ({"default_policy": "gate"}, "default_policy: 'gate' is not one of uniform"),
-        ({"policies": {"uniform": {}, "one": {"rule": "single", "expert": "c"}}}, "policies.one: no expert is named
-        'c'"), ({"policies": {"uniform": {}, "gate": {}}}, "policies.gate: needs a gate"),
+        ({"policies": {"uniform": {}, "one": {"rule": "single", "expert": "c"}}}, "policies.one: no expert is named"),
+        ({"policies": {"uniform": {}, "gate": {}}}, "policies.gate: needs a gate"),
         ({"policies": {"uniform": {}, "pick": {"rule": "select", "by": "gate"}}}, "policies.pick: needs a gate"),
         (
             {"policies": {"uniform": {}, "w": {"rule": "weights", "weights": {"a": 0, "b": 0}}}},

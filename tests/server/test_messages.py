@@ -59,8 +59,13 @@ LOAD = Load(0.25, 3, 1)
 EXPERT = ExpertStats("a", True, 2, HISTOGRAM, 5, HISTOGRAM, 0.5, 0.25, 3, 1, 7)
 
 SAMPLES = {
-    messages.FromApi: [Submit([REQUEST, SequenceRequest(1, [[1], [1]], Single("a"))]), Abort([1, 2]), GetStats()]
-    + [RunBare([0, 2], Bare(4, 5, 6)), Submit([SequenceRequest(1, [[1]], Uniform(space="prob"))])],
+    messages.FromApi: [
+        Submit([REQUEST, SequenceRequest(1, [[1], [1]], Single("a"))]),
+        Submit([SequenceRequest(1, [[1]], Uniform(space="prob"))]),
+        Abort([1, 2]),
+        GetStats(),
+        RunBare([0, 2], Bare(4, 5, 6)),
+    ],
     messages.ToApi: [
         Progress([4, 5], [0, 9], {4: Choice(-0.5, [(1, -0.5), (2, -1.5)], [0.5, -0.5])}),
         Ended(4, FinishReason.STOP, 17, cached_tokens=32),

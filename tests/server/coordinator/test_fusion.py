@@ -12,6 +12,7 @@ from scipy.stats import entropy as scipy_entropy
 from server.coordinator.fusion import combine, entropy, fill_tail, tabulate
 
 ROWS, EXPERTS, VOCABULARY = 12, 3, 40
+NO_EXACT = np.full((ROWS, 1), -1, np.int32), np.full((ROWS, EXPERTS, 1), -np.inf, np.float32)
 
 
 def distributions(seed: int, scale: float = 2.0) -> np.ndarray:
@@ -44,7 +45,9 @@ def exact_values(logprobs: np.ndarray, ids: np.ndarray) -> np.ndarray:
 def known(ids, logprobs, exact, exact_logprobs, row: int, expert: int) -> dict[int, float]:
     """Everything one expert said about one row."""
     said = {
-        int(token): float(value) for token, value in zip(ids[row, expert], logprobs[row, expert], strict=True) if token >= 0
+        int(token): float(value)
+        for token, value in zip(ids[row, expert], logprobs[row, expert], strict=True)
+        if token >= 0
     }
     return said | {
         int(token): float(value)
@@ -93,7 +96,9 @@ def test_an_expert_without_a_list_adds_nothing():
     full = distributions(3)
     ids, logprobs = top(full, 5)
     ids[:, 1], logprobs[:, 1] = -1, -np.inf
-    table = tabulate(ids, logprobs, np.full((ROWS, 1), -1, np.int32), np.full((ROWS, EXPERTS, 1), -np.inf, np.float32), 40)
+    table = tabulate(
+        ids, logprobs, np.full((ROWS, 1), -1, np.int32), np.full((ROWS, EXPERTS, 1), -np.inf, np.float32), 40
+    )
     assert not table.listed[:, 1].any()
     for row in range(ROWS):
         assert {int(i) for i in table.ids[row] if i >= 0} == {int(i) for i in ids[row, [0, 2]].ravel()}
@@ -221,13 +226,15 @@ def test_an_expert_without_weight_may_say_anything(prob_space, bad):
     full = distributions(8)
     ids, logprobs = top(full, 8)
     logprobs[:, 1] = bad
-    nothing = np.full((ROWS, 1), -1, np.int32), np.full((ROWS, EXPERTS, 1), -np.inf, np.float32)
     coefficients = np.tile(np.array([0.7, 0, 0.3], np.float32), (ROWS, 1))
-    table = tabulate(ids, logprobs, *nothing, VOCABULARY)
+    table = tabulate(ids, logprobs, *NO_EXACT, VOCABULARY)
     fused = combine(fill_tail(table, logprobs[:, :, -1], VOCABULARY), table, coefficients, np.full(ROWS, prob_space))
     without = tabulate(ids[:, [0, 2]], logprobs[:, [0, 2]], nothing[0], nothing[1][:, :2], VOCABULARY)
     expected = combine(
-        fill_tail(without, logprobs[:, [0, 2], -1], VOCABULARY), without, coefficients[:, [0, 2]], np.full(ROWS, prob_space)
+        fill_tail(without, logprobs[:, [0, 2], -1], VOCABULARY),
+        without,
+        coefficients[:, [0, 2]],
+        np.full(ROWS, prob_space),
     )
     for row in range(ROWS):
         kept, wanted = by_id(table, fused[row], row), by_id(without, expected[row], row)

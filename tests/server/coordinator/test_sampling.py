@@ -181,9 +181,7 @@ def test_presence_and_frequency_penalties_are_openais():
     """mu[j] - c[j] * alpha_frequency - (c[j] > 0) * alpha_presence, over the generated tokens only."""
     logprobs, counts = [-1.0, -2.0, -3.0, -4.0], [0, 1, 3, 0]
     found = penalised(logprobs, counts, [False, False, False, True], presence=0.5, frequency=-0.25)
-    expected = [
-        value - count * -0.25 - (count > 0) * 0.5 for value, count in zip(logprobs, counts, strict=True)
-    ]
+    expected = [value - count * -0.25 - (count > 0) * 0.5 for value, count in zip(logprobs, counts, strict=True)]
     assert found == pytest.approx(expected)
 
 
