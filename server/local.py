@@ -34,7 +34,7 @@ from server.messages import (
     ToSupervisor,
 )
 from server.request import SequenceRequest
-from server.supervisor import Child, run_coordinator, spawn, start_expert
+from server.supervisor import Child, end, run_coordinator, spawn, start_expert
 from server.transport import Channel, endpoint
 
 _END_SECONDS = 15.0
@@ -94,9 +94,7 @@ class LocalDeployment:
         deadline = time.monotonic() + _END_SECONDS
         for child in self._children:
             child.process.join(max(0.0, deadline - time.monotonic()))
-            if child.process.is_alive():
-                child.process.kill()
-                child.process.join()
+            end(child)
         self._api.close()
         self._control.close()
         self._directory.cleanup()

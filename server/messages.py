@@ -68,11 +68,15 @@ class Choice(Message, frozen=True, tag="Choice"):
 
 
 class Progress(Message, frozen=True, tag="Progress"):
-    """One tick's tokens: `tokens[i]` belongs to `sequences[i]`; `choices` has an entry for sequences that asked."""
+    """One tick's tokens: `tokens[i]` belongs to `sequences[i]`; `choices` has an entry for sequences that asked.
+
+    `cached_tokens` has one for sequences with their first token: prompt tokens found in every prefix cache.
+    """
 
     sequences: list[int]
     tokens: list[int]
-    choices: dict[int, Choice]
+    choices: dict[int, Choice] = {}
+    cached_tokens: dict[int, int] = {}
 
 
 class Ended(Message, frozen=True, tag="Ended"):
@@ -80,7 +84,6 @@ class Ended(Message, frozen=True, tag="Ended"):
 
     `stop_token`: the stop token that ended it (it was in `Progress` too). `message` and `code` explain an `error`;
     `code` is "overloaded" when nothing was generated because the queue is full or the server drains.
-    `cached_tokens`: prompt tokens that came from the prefix cache (the fewest over the experts).
     """
 
     sequence: int
@@ -88,7 +91,6 @@ class Ended(Message, frozen=True, tag="Ended"):
     stop_token: int | None = None
     message: str = ""
     code: str = ""
-    cached_tokens: int = 0
 
 
 class Status(Message, frozen=True, tag="Status"):

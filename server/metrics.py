@@ -53,6 +53,8 @@ class Timing:
 
     def next(self, tokens: int) -> None:
         """`tokens` arrived together in a stream: the pause before them is shared out."""
+        if not tokens:
+            return
         now = time.perf_counter()
         if self._started:
             self._metrics.inter_token.observe((now - self._since) / tokens, tokens)

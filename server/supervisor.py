@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -51,11 +51,13 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A process that the supervisor started, and the pipe for its last words."""
+    """A process that the supervisor started, and the pipe for its last words. `rank_port`: where the tensor-parallel
+    ranks of an expert meet, 0 for all others."""
 
     name: str
     process: BaseProcess
     pipe: Connection
+    rank_port: int = 0
 
     def last_words(self) -> str:
         """Why it ended, in one line."""
@@ -157,7 +159,7 @@ class Supervisor:
     def _bury_expert(self, expert: int, child: Child) -> None:
         """A process of an expert has ended: say so, and plan another one, later the more often it happened."""
         for other in self._experts.pop(expert):
-            other.process.kill()
+            end(other)
         words = child.last_words()
         if not self._ready:
             raise StartError(f"{child.name}: {words}")
@@ -198,9 +200,7 @@ class Supervisor:
         for child in children:
             child.process.join(max(0.0, deadline - time.monotonic()))
         for child in children:
-            if child.process.is_alive():
-                child.process.kill()
-                child.process.join()
+            end(child)
         self._control.close()
 
 
@@ -214,6 +214,15 @@ def spawn(name: str, target: Callable[..., None], *arguments: Any) -> Child:
     return Child(name, process, ours)
 
 
+def end(child: Child) -> None:
+    """Kill a process that has not ended, and remove what vLLM leaves behind of CPU ranks: their shared memory."""
+    child.process.kill()
+    child.process.join()
+    if child.rank_port:
+        for path in Path("/dev/shm").glob(f"*{child.rank_port}-*cpushm_*"):
+            path.unlink(missing_ok=True)
+
+
 def start_expert(config: Config, expert: int, generation: int, directory: Path) -> list[Child]:
     """Start the processes of an expert, one for each tensor-parallel rank."""
     chosen = config.experts[expert]
@@ -225,7 +234,7 @@ def start_expert(config: Config, expert: int, generation: int, directory: Path) 
         own = cores[rank::size] or cores if cores else None
         place = Placement(expert, generation, rank, port, own, expert_gpus(config)[expert])
         name = f"expert {chosen.name}" + (f" rank {rank}" if size > 1 else "")
-        children.append(spawn(name, run_expert, config, place, directory))
+        children.append(replace(spawn(name, run_expert, config, place, directory), rank_port=port))
     return children
 
 

@@ -76,7 +76,6 @@ class Answer:
 
     def end(self, ended: Ended) -> None:
         """Take the terminal message."""
-        self.cached_tokens = ended.cached_tokens
         if self._unread is not None and (ended.stop_token is None or self._include_stop):
             self._read(self._unread)
         if self.finish_reason is not None:

@@ -8,6 +8,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from server.errors import GenerationFailed, Overloaded, RequestError
@@ -30,8 +31,16 @@ from server.request import FinishReason, SequenceRequest
 _MOST_WAITING = 16_384
 _RETRY_SECONDS = 5
 
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """Comes before the first token: prompt tokens that were found in the prefix cache."""
+
+    tokens: int
+
+
 # (place of the sequence in the request, its token or its end, what it asked for beside the token)
-Event = tuple[int, int | Ended, Choice | None]
+Event = tuple[int, int | Cached | Ended, Choice | None]
 
 
 class Link(Protocol):
@@ -90,6 +99,10 @@ class Generation:
             return
         self._events.append((place, token, choice))
         self._wake()
+
+    def note_cached(self, place: int, tokens: int) -> None:
+        """No reader is woken: the first token follows."""
+        self._events.append((place, Cached(tokens), None))
 
     def end(self, place: int, ended: Ended) -> None:
         del self._live[place]
@@ -215,6 +228,8 @@ class EngineClient:
         for number, token in zip(message.sequences, message.tokens, strict=True):
             if (found := running.get(number)) is not None:
                 generation, place = found
+                if number in message.cached_tokens:
+                    generation.note_cached(place, message.cached_tokens[number])
                 generation.put(place, token, choices.get(number))
 
     def _ended(self, message: Ended) -> None:

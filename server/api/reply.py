@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.api.answers import Answer
-from server.api.client import EngineClient, Event, Generation
+from server.api.client import Cached, EngineClient, Event, Generation
 from server.api.faults import error_event
 from server.api.shapes import DONE, KEEP_ALIVE, Shape, Usage
 from server.config import HttpConfig
@@ -115,7 +115,7 @@ class Reply(Response):
             if not opened:
                 chunks.insert(0, shape.opening(answers))
                 opened = True
-            timing.next(len(events))
+            timing.next(sum(isinstance(item, int) for _, item, _ in events))
             if data := b"".join(chunks):
                 await writer.write(data)
 
@@ -166,6 +166,9 @@ def _advance(generation: Generation, answers: Sequence[Answer], events: Sequence
     for place, item, choice in events:
         answer = answers[place]
         if answer.finish_reason is not None:
+            continue
+        if isinstance(item, Cached):
+            answer.cached_tokens = item.tokens
             continue
         gained[place] = answer
         if isinstance(item, Ended):

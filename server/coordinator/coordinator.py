@@ -36,8 +36,8 @@ _NONE = np.zeros(0, np.int64)
 class Drawn:
     """What a tick chose: for `fused` rows, the candidate `columns` int64[B] and their `tokens` int32[B].
 
-    `sequences` int64[B] says whose they are, `detailed` (row, alternatives wanted) who asked for more than the token:
-    both outlive the slots, which a sequence that ends gives up before its token is sent.
+    `sequences` int64[B] says whose they are, `detailed` (row, alternatives wanted) who asked for more than the token,
+    `cached` (sequence -> prompt tokens found in every prefix cache) whose first token this is: all outlive the slots, which a sequence that ends gives up before its token is sent.
     """
 
     fused: Fused
@@ -45,6 +45,7 @@ class Drawn:
     tokens: Int32
     sequences: Int64
     detailed: list[tuple[int, int]]
+    cached: dict[int, int]
 
 
 class Coordinator:
@@ -138,7 +139,10 @@ class Coordinator:
         wanted = np.flatnonzero(self._table.detailed[slots])
         detailed = [(int(row), int(self._table.top_logprobs[slots[row]])) for row in wanted]
         self._counters.lap("sample", now)
-        return Drawn(fused, columns, tokens, self._table.sequence[slots], detailed)
+        sequences = self._table.sequence[slots]
+        first = np.flatnonzero(positions == 0)
+        cached = {int(sequences[row]): self._table.cached_tokens(slots[row]) for row in first}
+        return Drawn(fused, columns, tokens, sequences, detailed, cached)
 
     def _scores(self, fused: Fused) -> Float32:
         """Fused log-probabilities after bias, min_tokens and penalties: float32[B, U]."""
@@ -236,7 +240,7 @@ class Coordinator:
             good = np.flatnonzero(~drawn.fused.lost)
             sequences, tokens = drawn.sequences[good].tolist(), drawn.tokens[good].tolist()
         choices = {int(drawn.sequences[row]): _choice(drawn, row, count) for row, count in drawn.detailed}
-        self.outbox.append(Progress(sequences, tokens, choices))
+        self.outbox.append(Progress(sequences, tokens, choices, drawn.cached))
         self.outbox += ended
 
     def _count_tick(self, drawn: Drawn | None) -> None:
@@ -324,7 +328,6 @@ class Coordinator:
                 sequence,
                 FinishReason.STOP if stopped else FinishReason.LENGTH,
                 stop_token=int(drawn.tokens[row]) if stopped else None,
-                cached_tokens=self._table.cached_tokens(slot),
             )
         self._counters.finished[ended.reason] += 1
         self._leave(slot)

@@ -9,6 +9,7 @@ vLLM and torch read the environment when they are imported: `server.expert.proce
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.abstract import Executor
+from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
 from server.config import ExpertConfig, parse_size
 from server.errors import EngineError
@@ -47,7 +49,8 @@ class VllmEngine:
         config = _engine_args(expert, model, max_sequences).create_engine_config()
         rendezvous_class = V2Rendezvous if config.use_v2_model_runner else V1Rendezvous
         config.model_config.logits_processors = [rendezvous_class]
-        self._core = EngineCore(config, Executor.get_class(config), log_stats=False)
+        executor = Executor.get_class(config) if expert.tensor_parallel_size == 1 else _RankExecutor
+        self._core = EngineCore(config, executor, log_stats=False)
         self._scheduler: Any = self._core.scheduler
         runner = _model_runner(self._core)
         self._rendezvous = _find_rendezvous(runner)
@@ -57,6 +60,7 @@ class VllmEngine:
             _capture_hidden(runner.model, self._keep_hidden)
         self._names: dict[int, str] = {}
         self._requests: dict[int, Any] = {}
+        self._prefilling: set[int] = set()
         self._added = 0
         self._exchange: Exchange | None = None
         self._preemptions = 0
@@ -94,9 +98,11 @@ class VllmEngine:
         self._core.add_request(request, wave)
         self._names[slot] = name
         self._requests[slot] = request
+        self._prefilling.add(slot)
 
     def drop(self, slots: Sequence[int]) -> None:
         known = [slot for slot in slots if slot in self._names]
+        self._prefilling.difference_update(known)
         for slot in known:
             self._preemptions += self._requests.pop(slot).num_preemptions
         self._core.abort_requests([self._names.pop(slot) for slot in known])
@@ -121,6 +127,8 @@ class VllmEngine:
         if exchange is None:
             raise EngineError("vLLM sampled twice in one step")
         due = np.fromiter((self._is_due(slot) for slot in slots.tolist()), bool, len(slots))
+        if self._prefilling:
+            self._count_cached(slots[due].tolist())
         if due.all():
             return exchange(Rows(slots, positions, logits, self._hidden))
         index = torch.from_numpy(np.flatnonzero(due)).to(logits.device)
@@ -133,13 +141,19 @@ class VllmEngine:
         request = self._requests.get(slot)
         return request is not None and request.num_computed_tokens >= request.num_tokens
 
+    def _count_cached(self, slots: list[int]) -> None:
+        """Note the prefix-cache hits of the prefills that this step completes."""
+        for slot in self._prefilling.intersection(slots):
+            self._prefilling.discard(slot)
+            request = self._requests[slot]
+            if request.prefill_stats is not None:
+                self._cached[_sequence_of(request.request_id)] = request.prefill_stats.num_cached_tokens
+
     def _keep_hidden(self, hidden: torch.Tensor) -> None:
         self._hidden = hidden
 
     def _note(self, output: Any) -> None:
-        """Keep what a step's output says beside the token: prompt log-probabilities and prefix-cache hits."""
-        if output.prefill_stats is not None:
-            self._cached[_sequence_of(output.request_id)] = output.prefill_stats.num_cached_tokens
+        """Keep what a step's output says beside the token: the prompt's log-probabilities."""
         if output.new_prompt_logprobs_tensors is not None:
             logprobs = output.new_prompt_logprobs_tensors.logprobs[:, 0].float().cpu().numpy()
             self._scores.append((_sequence_of(output.request_id), logprobs))
@@ -169,12 +183,22 @@ class VllmEngine:
             seconds.append(time.perf_counter() - started)
         self._names.clear()
         self._requests.clear()
+        self._prefilling.clear()
         self._core.step()  # lets the runner forget the finished requests
         self._rendezvous.attach(self._decide)
         return seconds
 
     def close(self) -> None:
         self._core.shutdown()
+
+
+class _RankExecutor(ExecutorWithExternalLauncher):
+    """One rank of several. The ranks meet at an address rather than at `env://`, because vLLM names the shared memory
+    of CPU ranks after the end of it, and two experts on one machine must not share theirs."""
+
+    def _distributed_args(self) -> tuple[str, int, int]:
+        _, rank, local_rank = super()._distributed_args()
+        return f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", rank, local_rank
 
 
 def _engine_args(expert: ExpertConfig, model: str, max_sequences: int) -> EngineArgs:

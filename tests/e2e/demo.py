@@ -31,6 +31,8 @@ def configuration(*, experts: list[str] = EXPERTS, **changes: Any) -> dict[str, 
     base = {"dtype": "float32", "kv_cache_memory": "64MiB"}
     return {
         "name": "demo",
-        "experts": [{"name": name, "model": str(model(name)), **base, **every, **only.get(name, {})} for name in
-        experts], **changes,
+        "experts": [
+            {"name": name, "model": str(model(name)), **base, **every, **only.get(name, {})} for name in experts
+        ],
+        **changes,
     }

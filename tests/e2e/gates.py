@@ -40,8 +40,10 @@ class RandomGate(nn.Module):
                 projected = torch.tanh(layer(hidden))
         return projected
 
-    def forward(self, topk_logprobs: Tensor, topk_ids: Tensor, projected: Tensor, state: Tensor) -> tuple[Tensor,
-    Tensor]: probabilities = topk_logprobs.exp()  # [B, E, K]
+    def forward(
+        self, topk_logprobs: Tensor, topk_ids: Tensor, projected: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        probabilities = topk_logprobs.exp()  # [B, E, K]
         finite = topk_logprobs.clamp(min=-50.0)
         entropy = -(probabilities * finite).sum(-1)
         statistics = torch.stack([finite[:, :, 0], finite[:, :, 0] - finite[:, :, 1], entropy], -1)  # [B, E, 3]

@@ -21,9 +21,7 @@ def greedy(prompts: list[list[int]], policy: Policy, max_tokens: int, **fields: 
 
 def sampled(prompts: list[list[int]], policy: Policy, max_tokens: int, *, seed: int, **fields: Any) -> SequenceRequest:
     """A sequence without stop tokens, drawn at temperature 1 unless `temperature` says otherwise."""
-    params = SamplingParams(
-        temperature=fields.pop("temperature", 1.0), top_p=fields.pop("top_p", 1.0), seed=seed
-    )
+    params = SamplingParams(temperature=fields.pop("temperature", 1.0), top_p=fields.pop("top_p", 1.0), seed=seed)
     return SequenceRequest(next(_NUMBERS), prompts, policy, params, max_tokens=max_tokens, **fields)
 
 

@@ -30,9 +30,7 @@ class Outcome:
     after_end: list[str] = field(default_factory=list)
 
 
-def visits(
-    requests: list[SequenceRequest], *, seconds: float, cancelled: float, chance: random.Random
-) -> list[Visit]:
+def visits(requests: list[SequenceRequest], *, seconds: float, cancelled: float, chance: random.Random) -> list[Visit]:
     """`requests` at random times within `seconds`, a part `cancelled` of them cut short at a random token."""
     made = [
         Visit(

@@ -26,15 +26,18 @@ def linear(coefficients: list[float]) -> Rule:
     return lambda views: _constant(views, coefficients, linear=True)
 
 
+def heated(rule: Rule, temperatures: list[float]) -> Rule:
+    """`rule` on experts whose logits were divided by their own temperature."""
+    divisors = torch.tensor(temperatures, dtype=torch.float64)[:, None]
+    return lambda views: rule(Views((views.logprobs / divisors).log_softmax(-1), views.hidden))
+
+
 def select(by: str) -> Rule:
     """One expert for each token: the lowest entropy or the highest probability of its first choice."""
 
     def rule(views: Views) -> Decision:
-        if by == "entropy":
-            score = (views.logprobs.exp() * views.logprobs).sum(-1)
-        else:
-            score = views.logprobs.max(-1).values
-        return _one_of(views, score)
+        negative_entropy = (views.logprobs.exp() * views.logprobs).sum(-1)
+        return _one_of(views, negative_entropy if by == "entropy" else views.logprobs.max(-1).values)
 
     return rule
 

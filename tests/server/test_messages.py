@@ -68,7 +68,7 @@ SAMPLES = {
     ],
     messages.ToApi: [
         Progress([4, 5], [0, 9], {4: Choice(-0.5, [(1, -0.5), (2, -1.5)], [0.5, -0.5])}),
-        Ended(4, FinishReason.STOP, 17, cached_tokens=32),
+        Ended(4, FinishReason.STOP, 17),
         Ended(5, FinishReason.ERROR, message="the queue is full", code="overloaded"),
         Status(True, False, {"a": "up", "b": "starting"}),
         Stats(1, 2, 3, 4, 5, 6, 7, 8, {"stop": 2}, HISTOGRAM, {"fuse": 0.5}, [EXPERT]),

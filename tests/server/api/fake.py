@@ -104,7 +104,8 @@ class FakeCoordinator:
             if not tokens:
                 break
             choices = {n: self._choice(asked[n], token) for n, token in tokens.items() if _wants(asked[n])}
-            await self._channel.send(Progress(list(tokens), list(tokens.values()), choices))
+            cached = dict.fromkeys(tokens, script.cached) if tick == 0 else {}
+            await self._channel.send(Progress(list(tokens), list(tokens.values()), choices, cached))
             await asyncio.sleep(script.pause)
         for number, plan in plans.items():
             if number in self.running:
@@ -130,8 +131,8 @@ def _ended(script: Script, sequence: SequenceRequest, plan: list[int]) -> Ended:
     if script.ended is not None:
         return script.ended(sequence)
     if plan and plan[-1] in sequence.stop_token_ids:
-        return Ended(sequence.id, FinishReason.STOP, stop_token=plan[-1], cached_tokens=script.cached)
-    return Ended(sequence.id, FinishReason.LENGTH, cached_tokens=script.cached)
+        return Ended(sequence.id, FinishReason.STOP, stop_token=plan[-1])
+    return Ended(sequence.id, FinishReason.LENGTH)
 
 
 def failure(code: str = "", message: str = "the expert 'math' was lost") -> Callable[[SequenceRequest], Ended]:

@@ -229,13 +229,10 @@ def test_an_expert_without_weight_may_say_anything(prob_space, bad):
     coefficients = np.tile(np.array([0.7, 0, 0.3], np.float32), (ROWS, 1))
     table = tabulate(ids, logprobs, *NO_EXACT, VOCABULARY)
     fused = combine(fill_tail(table, logprobs[:, :, -1], VOCABULARY), table, coefficients, np.full(ROWS, prob_space))
-    without = tabulate(ids[:, [0, 2]], logprobs[:, [0, 2]], nothing[0], nothing[1][:, :2], VOCABULARY)
-    expected = combine(
-        fill_tail(without, logprobs[:, [0, 2], -1], VOCABULARY),
-        without,
-        coefficients[:, [0, 2]],
-        np.full(ROWS, prob_space),
-    )
+    pair = logprobs[:, [0, 2]]
+    without = tabulate(ids[:, [0, 2]], pair, NO_EXACT[0], NO_EXACT[1][:, :2], VOCABULARY)
+    values = fill_tail(without, pair[:, :, -1], VOCABULARY)
+    expected = combine(values, without, coefficients[:, [0, 2]], np.full(ROWS, prob_space))
     for row in range(ROWS):
         kept, wanted = by_id(table, fused[row], row), by_id(without, expected[row], row)
         shift = logsumexp([kept[token] for token in wanted])

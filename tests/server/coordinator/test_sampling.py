@@ -10,16 +10,7 @@ from scipy import stats
 from scipy.special import log_softmax
 
 from server.coordinator.sampling import Penalties, Rules, choose, penalise, uniforms
-
-MASK = 2**64 - 1
-
-
-def splitmix(x: int) -> int:
-    """SplitMix64 (Steele, Lea, Flood 2014) in Python's integers."""
-    x = (x + 0x9E3779B97F4A7C15) & MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
-    return x ^ (x >> 31)
+from tests.server.coordinator.reference import truncate, uniform
 
 
 def rules(rows: int, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0) -> Rules:
@@ -37,23 +28,6 @@ def draw(ids, scores, numbers, **parameters) -> np.ndarray:
     ids, scores = np.tile(np.asarray(ids, np.int32), (rows, 1)), np.tile(np.asarray(scores, np.float32), (rows, 1))
     columns = choose(ids, scores, rules(rows, **parameters), np.asarray(numbers, np.float64))
     return ids[0, columns]
-
-
-def naive(scores: dict[int, float], temperature=1.0, top_p=1.0, top_k=0, min_p=0.0) -> dict[int, float]:
-    """The distribution to draw from: token -> probability, in vLLM's order of truncations."""
-    best = max(scores.values())
-    p = {token: math.exp((score - best) / temperature) for token, score in scores.items()}
-    p = {token: value for token, value in p.items() if value >= min_p * max(p.values())}
-    order = sorted(p, key=lambda token: (-p[token], token))
-    if top_k:
-        order = order[:top_k]
-    total, before, kept = sum(p[token] for token in order), 0.0, []
-    for token in order:
-        if before < top_p * total:
-            kept.append(token)
-        before += p[token]
-    total = sum(p[token] for token in kept)
-    return {token: p[token] / total for token in kept}
 
 
 SETTINGS = [
@@ -76,7 +50,7 @@ def test_what_can_be_drawn_is_what_the_naive_reference_keeps(parameters):
     rng = np.random.default_rng(1)
     ids = rng.choice(1000, 12, replace=False)
     scores = log_softmax(2 * rng.normal(size=12))
-    expected = naive(dict(zip(ids.tolist(), scores.astype(np.float32).tolist(), strict=True)), **parameters)
+    expected = truncate(dict(zip(ids.tolist(), scores.astype(np.float32).tolist(), strict=True)), **parameters)
     drawn = draw(ids, scores, (np.arange(20_000) + 0.5) / 20_000, **parameters)
     # Evenly spaced numbers: every token is drawn its share of times, rounded.
     assert set(drawn.tolist()) <= set(expected)
@@ -90,7 +64,7 @@ def test_draws_follow_the_distribution(parameters):
     ids, scores = np.arange(10), log_softmax(1.5 * rng.normal(size=10))
     numbers = uniforms(np.full(20_000, 17, np.uint64), np.arange(20_000, dtype=np.int32))
     drawn = draw(ids, scores, numbers, **parameters)
-    expected = naive(dict(zip(ids.tolist(), scores.astype(np.float32).tolist(), strict=True)), **parameters)
+    expected = truncate(dict(zip(ids.tolist(), scores.astype(np.float32).tolist(), strict=True)), **parameters)
     counts = [int((drawn == token).sum()) for token in expected]
     assert sum(counts) == 20_000
     assert stats.chisquare(counts, [20_000 * share for share in expected.values()]).pvalue > 1e-3
@@ -138,13 +112,10 @@ def test_rows_are_drawn_by_their_own_rules():
 
 
 def test_uniforms_are_splitmix64_of_seed_and_position():
-    seeds = [0, 1, 2**63, MASK, 123456789]
+    seeds = [0, 1, 2**63, 2**64 - 1, 123456789]
     positions = [0, 1, 2, 1000, 2**31 - 1]
     found = uniforms(np.array(seeds, np.uint64), np.array(positions, np.int32))
-    expected = [
-        (splitmix((splitmix(seed) + at * 0x9E3779B97F4A7C15) & MASK) >> 11) / 2**53
-        for seed, at in zip(seeds, positions, strict=True)
-    ]
+    expected = [uniform(seed, at) for seed, at in zip(seeds, positions, strict=True)]
     assert found.tolist() == expected
 
 

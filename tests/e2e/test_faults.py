@@ -1,0 +1,147 @@
+"""An expert dies or hangs in the middle of an answer: what `on_expert_loss` promises, and that it comes back."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from tests.e2e import demo
+from tests.e2e.serving import Served, serve, until
+
+EXPERTS = ["math", "text"]
+LOST = "text"
+TOKENS = 300
+TICK_SECONDS = 4.0
+RESTART_SECONDS = 90.0
+MESSAGES = [{"role": "user", "content": "Reverse the word planet."}]
+
+
+@pytest.fixture
+def chance() -> random.Random:
+    """Different in every run; the token at which the fault comes is printed."""
+    return random.Random()
+
+
+def deployment(on_expert_loss: str) -> dict[str, Any]:
+    return demo.configuration(
+        experts=EXPERTS,
+        on_expert_loss=on_expert_loss,
+        limits={"tick_seconds": TICK_SECONDS, "grace_seconds": 10},
+    )
+
+
+@pytest.fixture(scope="module")
+def waiting() -> Iterator[Served]:
+    with serve(deployment("wait")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def degrading() -> Iterator[Served]:
+    with serve(deployment("degrade")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def failing() -> Iterator[Served]:
+    with serve(deployment("fail")) as server:
+        yield server
+
+
+class Answer:
+    """An answer as it streams: `text`, `reason`, and the expert weights token by token."""
+
+    def __init__(self, server: Served) -> None:
+        self.text, self.reason = "", None
+        self.weights: list[dict[str, float]] = []
+        self._chunks = iter(
+            server.openai.with_options(timeout=RESTART_SECONDS).chat.completions.create(
+                model="demo",
+                messages=MESSAGES,
+                temperature=0,
+                max_tokens=TOKENS,
+                stream=True,
+                extra_body={"ignore_eos": True, "expert_weights": True},
+            )
+        )
+
+    def read(self, tokens: int = TOKENS) -> Answer:
+        """Go on until `tokens` have come, or to the end."""
+        while len(self.weights) < tokens and (chunk := next(self._chunks, None)) is not None:
+            choice = chunk.choices[0]
+            self.text += choice.delta.content or ""
+            self.weights += getattr(choice, "expert_weights", None) or []
+            self.reason = choice.finish_reason or self.reason
+        return self
+
+
+def strike(server: Served, what: signal.Signals, chance: random.Random) -> tuple[Answer, int]:
+    """Start an answer and send a signal to the lost expert's process at a random token."""
+    at = chance.randint(1, TOKENS // 2)
+    victim = server.experts()[EXPERTS.index(LOST)]
+    answer = Answer(server).read(at)
+    os.kill(victim, what)
+    print(f"\n{what.name} to {LOST} after token {at}")
+    return answer, victim
+
+
+def back(server: Served, restarts: int) -> bool:
+    """Whether the lost expert was restarted and the server is ready again."""
+    metrics = server.metrics()
+    label = f"{{expert={LOST}}}"
+    return (
+        metrics[f"polylogit_expert_restarts_total{label}"] == restarts
+        and metrics[f"polylogit_expert_up{label}"] == 1
+        and server.http.get("/health/ready").status_code == 200
+    )
+
+
+def wait_back(server: Served, restarts: int) -> None:
+    until(lambda: back(server, restarts), limit=RESTART_SECONDS, what=f"{LOST} is up again, restarts {restarts}")
+    assert server.metrics()[f"polylogit_expert_restarts_total{{expert={EXPERTS[0]}}}"] == 0
+
+
+def test_wait_continues_as_if_nothing_had_happened(waiting: Served, chance: random.Random) -> None:
+    undisturbed = Answer(waiting).read()
+    assert (undisturbed.reason, len(undisturbed.weights)) == ("length", TOKENS)
+    for restarts, what in enumerate((signal.SIGKILL, signal.SIGSTOP), start=1):
+        answer, victim = strike(waiting, what, chance)
+        answer.read()
+        assert (answer.text, answer.reason) == (undisturbed.text, "length")
+        assert all(weights[LOST] == 0.5 for weights in answer.weights)
+        wait_back(waiting, restarts)
+        assert victim not in waiting.experts()
+        waiting.http.get("/health/ready").raise_for_status()
+        # The restarted one comes last in `experts`; put the victim's place back for the next round.
+        assert waiting.experts()[EXPERTS.index(LOST)] != victim
+
+
+def test_degrade_continues_without_the_expert(degrading: Served, chance: random.Random) -> None:
+    answer, _ = strike(degrading, signal.SIGKILL, chance)
+    answer.read()
+    assert (answer.reason, len(answer.weights)) == ("length", TOKENS)
+    shares = [weights[LOST] for weights in answer.weights]
+    lost_at = shares.index(0.0)
+    assert set(shares[:lost_at]) == {0.5}
+    assert set(shares[lost_at:]) == {0.0}
+    assert all(weights["math"] == 1.0 for weights in answer.weights[lost_at:])
+    wait_back(degrading, 1)
+    assert {weights[LOST] for weights in Answer(degrading).read().weights} == {0.5}
+
+
+def test_fail_ends_the_stream_with_an_error(failing: Served, chance: random.Random) -> None:
+    answer, _ = strike(failing, signal.SIGKILL, chance)
+    started = time.monotonic()
+    with pytest.raises(openai.APIError, match=LOST):
+        answer.read()
+    assert time.monotonic() - started < 10
+    assert answer.reason is None
+    wait_back(failing, 1)
+    assert Answer(failing).read().reason == "length"

@@ -1,0 +1,283 @@
+"""A deployment in one process: a real coordinator and real workers in threads, over real sockets and fake engines.
+
+The test is the api and the supervisor. On leaving, every submitted sequence must have had exactly one terminal message.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from server.config import Config, parse_config
+from server.coordinator.experts import expert_socket
+from server.coordinator.process import CoordinatorProcess
+from server.errors import EngineError
+from server.expert.worker import Projector, Worker
+from server.messages import (
+    Abort,
+    Choice,
+    CoordinatorReady,
+    Drain,
+    Drained,
+    Ended,
+    ExpertDown,
+    ExpertUp,
+    FromApi,
+    FromExpert,
+    FromSupervisor,
+    GetStats,
+    Progress,
+    RestartExpert,
+    Stats,
+    Status,
+    Stop,
+    Submit,
+    ToApi,
+    ToExpert,
+    ToSupervisor,
+)
+from server.request import SequenceRequest
+from server.transport import Channel, endpoint
+from tests.fakes import VOCABULARY, FakeEngine
+
+SECONDS = 20.0
+
+
+class Deployment:
+    """`tokens`, `choices`, `ended` (in order of arrival), `statuses`: what the coordinator has told the api."""
+
+    def __init__(
+        self, directory: Path, engines: list[FakeEngine], *, projector: Projector | None = None, **settings: Any
+    ) -> None:
+        names = [chr(ord("a") + index) for index in range(len(engines))]
+        limits = {"sequences": 8, "queue": 100, "tick_seconds": SECONDS} | settings.pop("limits", {})
+        data = {
+            "name": "fake",
+            "experts": [{"name": name, "model": name} for name in names],
+            "top_k": VOCABULARY,
+            "limits": limits,
+            **settings,
+        }
+        self.config: Config = parse_config(data, directory=directory)
+        self.engines = engines
+        self.tokens: dict[int, list[int]] = defaultdict(list)
+        self.choices: dict[int, list[Choice]] = defaultdict(list)
+        self.ended: dict[int, Ended] = {}
+        self.statuses: list[Status] = []
+        self.restarts: list[RestartExpert] = []
+        self.drained = False
+        self._terminal: Counter[int] = Counter()
+        self._submitted: set[int] = set()
+        self._aborted: set[int] = set()
+        self._stats: list[Stats] = []
+        self._directory = directory
+        self._projector = projector
+        self._generation = [-1] * len(engines)
+        self._workers: list[_WorkerThread | None] = [None] * len(engines)
+        self._ready = False
+
+    def __enter__(self) -> Self:
+        torch.set_num_threads(1)
+        self._coordinator = _CoordinatorThread(self.config, self._directory)
+        self._coordinator.start()
+        self._api: Channel[ToApi, FromApi] = Channel(endpoint(self._directory, "api"), ToApi, bind=False)
+        self._control: Channel[ToSupervisor, FromSupervisor] = Channel(
+            endpoint(self._directory, "control"), ToSupervisor, bind=False
+        )
+        for expert in range(len(self.engines)):
+            self.start(expert)
+        try:
+            self.until(lambda: self._ready)
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                self.check()
+        finally:
+            self._close()
+
+    def check(self) -> None:
+        """Exactly one terminal message for every sequence; an aborted one may have none."""
+        self.stats()
+        assert set(self._terminal) <= self._submitted
+        assert set(self.tokens) <= self._submitted
+        for sequence in self._submitted:
+            assert self._terminal[sequence] == 1 or (sequence in self._aborted and not self._terminal[sequence])
+
+    # --- as the api ---
+
+    def submit(self, *requests: SequenceRequest) -> None:
+        self._submitted |= {request.id for request in requests}
+        self._api.send(Submit(list(requests)))
+
+    def abort(self, *sequences: int) -> None:
+        self._aborted |= set(sequences)
+        self._api.send(Abort(list(sequences)))
+
+    def finish(self, *requests: SequenceRequest) -> None:
+        """Wait until all of `requests` have ended."""
+        self.until(lambda: all(request.id in self.ended for request in requests))
+
+    def run(self, *requests: SequenceRequest) -> None:
+        self.submit(*requests)
+        self.finish(*requests)
+
+    def stats(self) -> Stats:
+        self._stats.clear()
+        self._api.send(GetStats())
+        self.until(lambda: bool(self._stats))
+        return self._stats[0]
+
+    def until_stats(self, condition: Callable[[Stats], bool]) -> Stats:
+        """The first snapshot that satisfies `condition`."""
+        self.until(lambda: condition(self.stats()))
+        return self._stats[0]
+
+    # --- as the supervisor ---
+
+    def start(self, expert: int, engine: FakeEngine | None = None) -> None:
+        """Start a worker process for `expert`, over `engine` if given."""
+        self.engines[expert] = engine or self.engines[expert]
+        self._generation[expert] += 1
+        self._control.send(ExpertUp(expert, self._generation[expert]))
+        address = endpoint(self._directory, expert_socket(expert, self._generation[expert]))
+        worker = _WorkerThread(self.engines[expert], address, expert, self.config, self._projector)
+        worker.start()
+        self._workers[expert] = worker
+
+    def lose(self, expert: int) -> None:
+        """Wait for the worker of `expert` to end by itself, and say so."""
+        worker = self._workers[expert]
+        assert worker is not None
+        self.until(lambda: not worker.is_alive())
+        self._workers[expert] = None
+        self._control.send(ExpertDown(expert, self._generation[expert], str(worker.error)))
+
+    def kill(self, expert: int) -> None:
+        self.engines[expert].killed.set()
+        self.lose(expert)
+
+    def drain(self, grace_seconds: float) -> None:
+        self._control.send(Drain(grace_seconds))
+
+    # --- messages ---
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Take messages until `condition` holds."""
+        deadline = time.monotonic() + SECONDS
+        while not condition():
+            for thread in (self._coordinator, *self._workers):
+                if thread is not None and not isinstance(thread.error, EngineError | KilledError | None):
+                    raise thread.error
+            assert time.monotonic() < deadline, "the coordinator did not come to it"
+            if (message := self._api.receive(0.01)) is not None:
+                self._note(message)
+            for order in self._control.drain():
+                self._note_order(order)
+
+    def _note(self, message: ToApi) -> None:
+        match message:
+            case Progress(sequences=sequences, tokens=tokens, choices=choices):
+                for sequence, token in zip(sequences, tokens, strict=True):
+                    assert sequence not in self._terminal, "a token after the end"
+                    self.tokens[sequence].append(token)
+                    if sequence in choices:
+                        self.choices[sequence].append(choices[sequence])
+            case Ended(sequence=sequence):
+                self._terminal[sequence] += 1
+                self.ended[sequence] = message
+            case Status():
+                self.statuses.append(message)
+            case Stats():
+                self._stats.append(message)
+
+    def _note_order(self, order: ToSupervisor) -> None:
+        match order:
+            case CoordinatorReady():
+                self._ready = True
+            case RestartExpert():
+                self.restarts.append(order)
+            case Drained():
+                self.drained = True
+
+    def _close(self) -> None:
+        self._control.send(Stop())
+        self._coordinator.join(SECONDS)
+        stuck = self._coordinator.is_alive()
+        for engine, worker in zip(self.engines, self._workers, strict=True):
+            engine.behaviour.hold.set()
+            if worker is not None:
+                worker.join(0.5)
+                engine.killed.set()
+                worker.join(SECONDS)
+        self._api.close()
+        self._control.close()
+        assert not stuck, "the coordinator did not stop"
+
+
+class _CoordinatorThread(threading.Thread):
+    def __init__(self, config: Config, directory: Path) -> None:
+        super().__init__(daemon=True)
+        self._config, self._directory = config, directory
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            CoordinatorProcess(self._config, self._directory).run()
+        except BaseException as error:
+            self.error = error
+
+
+class _WorkerThread(threading.Thread):
+    """A worker that can be killed between two messages and in the middle of a fake engine's step."""
+
+    def __init__(
+        self, engine: FakeEngine, address: str, expert: int, config: Config, projector: Projector | None
+    ) -> None:
+        super().__init__(daemon=True)
+        self._engine, self._address, self._expert = engine, address, expert
+        self._config, self._projector = config, projector
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        channel = _KillableChannel(self._address, self._engine.killed)
+        worker = Worker(
+            self._engine,
+            channel,
+            expert=self._expert,
+            top_k=self._config.top_k,
+            projector=self._projector,
+            retain=self._config.missing == "exact",
+        )
+        try:
+            worker.run()
+        except Exception as error:
+            self.error = error
+        finally:
+            channel.close()
+
+
+class KilledError(Exception):
+    """The worker was killed while it waited for a message."""
+
+
+class _KillableChannel(Channel[ToExpert, FromExpert]):
+    def __init__(self, address: str, killed: threading.Event) -> None:
+        super().__init__(address, ToExpert, bind=False)
+        self._killed = killed
+
+    def receive(self, timeout: float | None) -> ToExpert | None:
+        while (message := super().receive(0.02)) is None:
+            if self._killed.is_set():
+                raise KilledError
+        return message
