@@ -28,7 +28,7 @@ class Broadcast:
     epochs: int
     batch_size: int = 128  # responses
     learning_rate: float = 3e-3
-    negative_weight: float = 0.1
+    negative_weight: float = 0.02
 
 
 def fit_broadcast(
@@ -91,8 +91,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--inputs", nargs="+", choices=["topk", "hidden"], default=["topk", "hidden"])
     parser.add_argument("--projected-size", type=int, default=12)
     parser.add_argument("--state-size", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--negative-weight", type=float, default=0.1)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--negative-weight", type=float, default=0.02)
     parser.add_argument("--refine-steps", type=int, default=0)
     parser.add_argument("--refine-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)

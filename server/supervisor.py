@@ -11,6 +11,7 @@ import ctypes
 import itertools
 import logging
 import multiprocessing
+import multiprocessing.util
 import os
 import shutil
 import signal
@@ -24,7 +25,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from server.config import Config, ExpertConfig
 from server.errors import PolylogitError, StartError
@@ -40,7 +41,7 @@ from server.messages import (
     ToSupervisor,
 )
 from server.placement import Placement
-from server.transport import Channel, endpoint
+from server.transport import Channel, endpoint, terminate
 
 log = logging.getLogger("polylogit")
 
@@ -271,19 +272,26 @@ def _child(pipe: Connection, parent: int, target: Callable[..., None], arguments
         return
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    code = 1
     try:
         target(*arguments)
+        code = 0
     except PolylogitError as error:
-        _fail(pipe, str(error))
+        pipe.send_bytes(str(error).encode())
     except Exception as error:
-        logging.getLogger("polylogit").debug("child failed", exc_info=True)
-        _fail(pipe, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+        log.debug("%s failed", target.__name__, exc_info=True)
+        pipe.send_bytes(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}".encode())
+    _leave(code)
 
 
-def _fail(pipe: Connection, words: str) -> None:
-    pipe.send_bytes(words.encode())
+def _leave(code: int) -> NoReturn:
+    """End this process as multiprocessing would, but for the interpreter's teardown: with torch and vLLM in it that
+    takes seconds, and threads of a broken engine could keep it from ending at all."""
+    terminate()
+    multiprocessing.util._exit_function()  # type: ignore[attr-defined]
     sys.stdout.flush()
-    os._exit(1)  # engines may hold threads that would keep the process alive
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run_coordinator(config: Config, directory: Path) -> None:

@@ -88,6 +88,11 @@ class Channel(Generic[Incoming, Outgoing]):
         self._socket.close()
 
 
+def terminate() -> None:
+    """Close every socket of this process once what was sent has left it."""
+    zmq.Context.instance().destroy(linger=_LINGER_MS)
+
+
 class Selector:
     """Waits for several channels at once and hands each message to its channel's handler."""
 

@@ -126,6 +126,10 @@ class FakeEngine:
             if (sequence := self.sequences.pop(slot, None)) is not None:
                 self._kept[sequence.add.sequence] = sequence.tokens[: sequence.computed]
 
+    def remember(self, sequence: int, tokens: list[int]) -> None:
+        """Have the KV of a sequence's first `tokens` in the cache."""
+        self._kept[sequence] = tokens
+
     def busy(self) -> bool:
         return bool(self.sequences)
 
@@ -212,7 +216,7 @@ class FakeEngine:
 
     def _rows(self, due: list[_Sequence]) -> Rows:
         shift = int(self.steps in self.behaviour.misplace)
-        logits = np.array([self._row(each.tokens) for each in due], np.float32).reshape(len(due), -1)
+        logits = np.array([self._row(each.tokens) for each in due], np.float32).reshape(-1, self.model.vocabulary)
         hidden = None
         if self._want_hidden:
             hidden = torch.from_numpy(np.array([self.model.hidden(each.tokens) for each in due]).reshape(-1, HIDDEN))

@@ -37,7 +37,8 @@ class Drawn:
     """What a tick chose: for `fused` rows, the candidate `columns` int64[B] and their `tokens` int32[B].
 
     `sequences` int64[B] says whose they are, `detailed` (row, alternatives wanted) who asked for more than the token,
-    `cached` (sequence -> prompt tokens found in every prefix cache) whose first token this is: all outlive the slots, which a sequence that ends gives up before its token is sent.
+    `cached` (sequence -> prompt tokens found in every prefix cache) whose first token this is: all outlive the slots,
+    which a sequence that ends gives up before its token is sent.
     """
 
     fused: Fused

@@ -99,9 +99,7 @@ class CoordinatorProcess:
             self._watch_starts()
             coordinator.tick()
             self._watch_drain(coordinator)
-            for message in coordinator.outbox:
-                self._api.send(message)
-            coordinator.outbox.clear()
+            self._send_outbox(coordinator)
 
     def _await_reports(self) -> None:
         """The barrier. An engine that does not report in time is given up."""
@@ -131,6 +129,7 @@ class CoordinatorProcess:
         match message:
             case Submit(sequences=sequences):
                 coordinator.submit(sequences)
+                self._send_outbox(coordinator)  # a refusal does not wait for the engines' step
             case Abort(sequences=sequences):
                 coordinator.abort(sequences)
             case GetStats():
@@ -165,6 +164,11 @@ class CoordinatorProcess:
             waited = time.perf_counter() - link.ticked_at
             if link.state is LinkState.STARTING and waited > self._config.limits.start_seconds:
                 self._give_up(link, f"not ready after {self._config.limits.start_seconds:g} s")
+
+    def _send_outbox(self, coordinator: Coordinator) -> None:
+        for message in coordinator.outbox:
+            self._api.send(message)
+        coordinator.outbox.clear()
 
     def _send_status(self) -> None:
         """Tell the api what changed."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def run(config: Config, place: Placement, directory: Path) -> None:
-    """Load the expert at `place` and serve it until told to stop; ends the process.
+    """Load the expert at `place` and serve it until told to stop.
 
     Raises whatever the engine raises while loading.
     """
@@ -24,7 +23,9 @@ def run(config: Config, place: Placement, directory: Path) -> None:
     if place.cpus:
         os.sched_setaffinity(0, place.cpus)
     os.environ.update(environment(chosen, place))
+    os.environ["TMPDIR"] = str(directory)  # vLLM's files go when the directory goes, even if this process is killed
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.simplefilter("ignore")  # what torch and vLLM warn of at import is not our user's to mend
 
     import torch
@@ -57,9 +58,6 @@ def run(config: Config, place: Placement, directory: Path) -> None:
     finally:
         engine.close()
         conversation.close()
-    # Everything is released; tearing down an interpreter that has torch and vLLM in it would only take seconds.
-    sys.stdout.flush()
-    os._exit(0)
 
 
 def environment(expert: ExpertConfig, place: Placement) -> dict[str, str]:

@@ -28,6 +28,13 @@ def alive(pid: int) -> bool:
     return bool(stat) and stat[_STATE] != "Z"
 
 
+def command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
+    except OSError:
+        return ""
+
+
 def oldest_first(pids: Iterable[int]) -> list[int]:
     return sorted(pids, key=lambda pid: (int((_stat(pid) or ["0"] * 20)[_STARTED]), pid))
 

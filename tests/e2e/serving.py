@@ -114,8 +114,13 @@ class Served:
         return self.process.wait(limit)
 
     def left_behind(self) -> list[str]:
-        """After its end: processes and files that should be gone."""
-        alive = [f"process {pid}" for pid in self._seen if processes.alive(pid)]
+        """Processes and files that have not gone soon after its end."""
+        with contextlib.suppress(TimeoutError):
+            until(lambda: not self._left(), limit=5, what="nothing left")
+        return self._left()
+
+    def _left(self) -> list[str]:
+        alive = [f"{pid}: {processes.command(pid)}" for pid in self._seen if processes.alive(pid)]
         return alive + [str(path) for path in self.sockets.iterdir()]
 
     def clean_up(self) -> None:
@@ -144,6 +149,6 @@ def serve(data: dict[str, Any]) -> Iterator[Served]:
         if server.process.poll() is None:
             server.terminate()
             assert server.ended() == 0, server.errors()[-2000:]
-        assert not server.left_behind()
+        assert not (left := server.left_behind()), left
     finally:
         server.clean_up()

@@ -67,7 +67,7 @@ SAMPLES = {
         RunBare([0, 2], Bare(4, 5, 6)),
     ],
     messages.ToApi: [
-        Progress([4, 5], [0, 9], {4: Choice(-0.5, [(1, -0.5), (2, -1.5)], [0.5, -0.5])}),
+        Progress([4, 5], [0, 9], {4: Choice(-0.5, [(1, -0.5), (2, -1.5)], [0.5, -0.5])}, {5: 16}),
         Ended(4, FinishReason.STOP, 17),
         Ended(5, FinishReason.ERROR, message="the queue is full", code="overloaded"),
         Status(True, False, {"a": "up", "b": "starting"}),

@@ -15,7 +15,6 @@ from typing import Any, Self
 import torch
 
 from server.config import Config, parse_config
-from server.coordinator.experts import expert_socket
 from server.coordinator.process import CoordinatorProcess
 from server.errors import EngineError
 from server.expert.worker import Projector, Worker
@@ -42,6 +41,7 @@ from server.messages import (
     ToExpert,
     ToSupervisor,
 )
+from server.placement import expert_socket
 from server.request import SequenceRequest
 from server.transport import Channel, endpoint
 from tests.fakes import VOCABULARY, FakeEngine
@@ -50,7 +50,7 @@ SECONDS = 20.0
 
 
 class Deployment:
-    """`tokens`, `choices`, `ended` (in order of arrival), `statuses`: what the coordinator has told the api."""
+    """What the coordinator has told the api: `tokens`, `choices`, `cached`, `ended` (in order of arrival), `statuses`."""
 
     def __init__(
         self, directory: Path, engines: list[FakeEngine], *, projector: Projector | None = None, **settings: Any
@@ -68,6 +68,7 @@ class Deployment:
         self.engines = engines
         self.tokens: dict[int, list[int]] = defaultdict(list)
         self.choices: dict[int, list[Choice]] = defaultdict(list)
+        self.cached: dict[int, int] = {}
         self.ended: dict[int, Ended] = {}
         self.statuses: list[Status] = []
         self.restarts: list[RestartExpert] = []
@@ -104,7 +105,8 @@ class Deployment:
             if kind is None:
                 self.check()
         finally:
-            self._close()
+            stopped = self._close()
+        assert stopped or kind is not None, "the coordinator did not stop"
 
     def check(self) -> None:
         """Exactly one terminal message for every sequence; an aborted one may have none."""
@@ -187,7 +189,9 @@ class Deployment:
 
     def _note(self, message: ToApi) -> None:
         match message:
-            case Progress(sequences=sequences, tokens=tokens, choices=choices):
+            case Progress(sequences=sequences, tokens=tokens, choices=choices, cached_tokens=cached):
+                assert not self.cached.keys() & cached.keys()
+                self.cached |= cached
                 for sequence, token in zip(sequences, tokens, strict=True):
                     assert sequence not in self._terminal, "a token after the end"
                     self.tokens[sequence].append(token)
@@ -210,10 +214,10 @@ class Deployment:
             case Drained():
                 self.drained = True
 
-    def _close(self) -> None:
+    def _close(self) -> bool:
+        """End all threads; whether the coordinator ended when it was told to."""
         self._control.send(Stop())
-        self._coordinator.join(SECONDS)
-        stuck = self._coordinator.is_alive()
+        self._coordinator.join(5.0)
         for engine, worker in zip(self.engines, self._workers, strict=True):
             engine.behaviour.hold.set()
             if worker is not None:
@@ -222,7 +226,7 @@ class Deployment:
                 worker.join(SECONDS)
         self._api.close()
         self._control.close()
-        assert not stuck, "the coordinator did not stop"
+        return not self._coordinator.is_alive()
 
 
 class _CoordinatorThread(threading.Thread):

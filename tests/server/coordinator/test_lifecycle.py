@@ -179,12 +179,15 @@ def test_log_probabilities_are_those_before_bias_penalties_and_temperature(tmp_p
         assert {len(choice.top) for choice in deployment.choices[one.id]} == {0}
 
 
-def test_cached_prompt_tokens_are_the_fewest_over_the_experts(tmp_path, rng, models):
-    """Fake engines find a sequence's own blocks again, so only parking before the first token could show any."""
-    with Deployment(tmp_path, engines_of(models)) as deployment:
-        one = request(rng, (40, 40))
-        deployment.run(one)
-        assert deployment.ended[one.id].cached_tokens == 0
+def test_cached_prompt_tokens_are_the_fewest_over_the_experts_and_told_once(tmp_path, rng, models):
+    engines = engines_of(models)
+    with Deployment(tmp_path, engines) as deployment:
+        one, two = request(rng, (40, 40)), request(rng, (20, 20))
+        for engine, tokens in zip(engines, (36, 17), strict=True):
+            engine.remember(one.id, one.prompts[engine.model.expert][:tokens])
+        deployment.run(one, two)
+        assert deployment.cached == {one.id: 16, two.id: 0}
+        assert_alone(deployment, [one, two], [generate(each, models, HALF) for each in (one, two)])
 
 
 def test_an_aborted_sequence_leaves_every_engine(tmp_path, rng, models):

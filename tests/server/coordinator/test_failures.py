@@ -1,0 +1,285 @@
+"""Experts that die, hang, or give rubbish; a gate that misbehaves."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from scipy.special import softmax
+
+from server.coordinator.gate import Gate
+from server.policy import FusionRoute, Product, Select, Single, Uniform
+from server.policy import Gate as GatePolicy
+from server.request import FinishReason
+from tests.fakes import HIDDEN, Behaviour, FakeEngine, FakeModel
+from tests.server.coordinator.harness import Deployment
+from tests.server.coordinator.reference import generate, shares
+from tests.server.coordinator.requests import request
+from tests.server.coordinator.test_alignment import HALF, assert_alone
+
+# --- an expert is lost ---
+
+
+@pytest.mark.parametrize("missing", ["tail", "exact"])
+def test_wait_goes_on_exactly_where_it_was(tmp_path, rng, models, missing):
+    engines = [FakeEngine(models[0]), FakeEngine(models[1], Behaviour(fail_at=6))]
+    with Deployment(tmp_path, engines, on_expert_loss="wait", missing=missing) as deployment:
+        requests = [request(rng, max_tokens=15) for _ in range(4)]
+        deployment.submit(*requests)
+        deployment.lose(1)
+        deployment.until(lambda: deployment.statuses[-1].experts["b"] == "down")
+        assert not deployment.statuses[-1].ready
+        during = request(rng)
+        deployment.submit(during)
+        deployment.start(1, FakeEngine(models[1]))
+        deployment.finish(*requests, during)
+        everything = [*requests, during]
+        assert_alone(deployment, everything, [generate(each, models, HALF) for each in everything])
+        assert [(status.ready, status.experts["b"]) for status in deployment.statuses] == [
+            (True, "up"),
+            (False, "down"),
+            (False, "starting"),
+            (True, "up"),
+        ]
+        stats = deployment.stats()
+    assert [expert.restarts for expert in stats.experts] == [0, 1]
+
+
+def test_an_expert_may_be_lost_again_and_again(tmp_path, rng, models):
+    engines = [FakeEngine(models[0], Behaviour(chunk=8)), FakeEngine(models[1], Behaviour(fail_at=4))]
+    with Deployment(tmp_path, engines, on_expert_loss="wait") as deployment:
+        requests = [request(rng, max_tokens=15) for _ in range(3)]
+        deployment.submit(*requests)
+        for fail_at in (5, 3, None):
+            deployment.lose(1)
+            deployment.start(1, FakeEngine(models[1], Behaviour(fail_at=fail_at, chunk=10)))
+        deployment.finish(*requests)
+        assert_alone(deployment, requests, [generate(each, models, HALF) for each in requests])
+
+
+def test_degrade_goes_on_without_the_expert(tmp_path, rng, models):
+    """Step n chooses token n - 1, so the first four come from both experts and the rest from the one that is left."""
+    engines = [FakeEngine(models[0]), FakeEngine(models[1], Behaviour(fail_at=5))]
+    with Deployment(tmp_path, engines, on_expert_loss="degrade") as deployment:
+        both, only_b = request(rng), request(rng, (0, 9), Single("b"))
+        deployment.submit(both, only_b)
+        deployment.lose(1)
+        deployment.finish(both, only_b)
+        assert_alone(deployment, [both], [generate(both, models, HALF, gone=lambda expert, step: expert and step >= 4)])
+        assert deployment.ended[only_b.id].reason is FinishReason.ERROR
+        assert deployment.ended[only_b.id].message == "expert b was lost"
+        assert deployment.statuses[-1].ready and deployment.statuses[-1].experts["b"] == "down"
+
+        later = request(rng)
+        deployment.run(later)
+        assert_alone(deployment, [later], [generate(later, models, HALF, gone=lambda expert, step: expert == 1)])
+
+        waiting, other = request(rng, (0, 9), Single("b")), request(rng)
+        deployment.submit(waiting)
+        deployment.run(other)  # is not held up by the one that waits for b
+        assert waiting.id not in deployment.ended
+        deployment.start(1, FakeEngine(models[1]))
+        deployment.finish(waiting)
+        again = request(rng)
+        deployment.run(again)
+        expected = [generate(waiting, models, shares([0, 1])), generate(again, models, HALF)]
+        assert_alone(deployment, [waiting, again], expected)
+
+
+def test_fail_ends_the_sequences_of_the_expert_and_no_others(tmp_path, rng, models):
+    engines = [FakeEngine(models[0], Behaviour(pause=0.002)), FakeEngine(models[1], Behaviour(fail_at=5))]
+    with Deployment(tmp_path, engines, on_expert_loss="fail") as deployment:
+        both, only_a = request(rng), request(rng, (9, 0), Single("a"), max_tokens=30)
+        deployment.submit(both, only_a)
+        deployment.lose(1)
+        deployment.finish(both, only_a)
+        ended = deployment.ended[both.id]
+        assert (ended.reason, ended.message) == (FinishReason.ERROR, "expert b was lost")
+        assert deployment.tokens[both.id] == generate(both, models, HALF).tokens[:4]
+        assert_alone(deployment, [only_a], [generate(only_a, models, shares([1, 0]))])
+        deployment.start(1, FakeEngine(models[1]))
+        again = request(rng)
+        deployment.run(again)
+        assert_alone(deployment, [again], [generate(again, models, HALF)])
+
+
+def test_a_hanging_expert_is_given_up_and_replaced(tmp_path, rng, models):
+    engines = [FakeEngine(models[0]), FakeEngine(models[1], Behaviour(hang_at=5))]
+    with Deployment(tmp_path, engines, limits={"tick_seconds": 0.4}) as deployment:
+        requests = [request(rng) for _ in range(3)]
+        deployment.submit(*requests)
+        deployment.until(lambda: bool(deployment.restarts))
+        order = deployment.restarts[0]
+        assert (order.expert, order.generation) == (1, 0) and "0.4 s" in order.message
+        deployment.kill(1)
+        deployment.start(1, FakeEngine(models[1]))
+        deployment.finish(*requests)
+        assert_alone(deployment, requests, [generate(each, models, HALF) for each in requests])
+        assert len(deployment.restarts) == 1
+
+
+def test_what_waits_while_an_engine_hangs_is_answered(tmp_path, rng, models):
+    """Aborts, refusals and questions do not wait for the engines' step."""
+    engines = [FakeEngine(models[0]), FakeEngine(models[1], Behaviour(hang_at=3))]
+    with Deployment(tmp_path, engines, limits={"sequences": 1, "queue": 0}) as deployment:
+        running, refused = request(rng), request(rng)
+        deployment.submit(running)
+        deployment.until(lambda: engines[1].steps == 3)
+        deployment.run(refused)
+        assert deployment.ended[refused.id].code == "overloaded"
+        deployment.abort(running.id)
+        assert deployment.until_stats(lambda stats: stats.running == 0).finished["abort"] == 1
+        engines[1].killed.set()
+        deployment.lose(1)
+
+
+# --- an expert gives rubbish ---
+
+
+@pytest.mark.parametrize("kind", ["nan", "empty"])
+@pytest.mark.parametrize("missing", ["tail", "exact"])
+def test_unusable_rows_are_masked_and_counted(tmp_path, rng, models, kind, missing):
+    """The second expert has nothing to say where its history is a multiple of four long."""
+    behaviour = Behaviour(**{kind: lambda tokens: len(tokens) % 4 == 0})
+    with Deployment(tmp_path, [FakeEngine(models[0]), FakeEngine(models[1], behaviour)], missing=missing) as deployment:
+        requests = [
+            request(rng, (7, 9), policy, stop_token_ids=[3]) for policy in (Uniform(), Product(), Uniform("prob"))
+        ]
+        deployment.run(*requests)
+        expected = [
+            generate(each, models, weigh, prob_space=prob, gone=lambda expert, step: expert and (9 + step) % 4 == 0)
+            for each, weigh, prob in zip(
+                requests, (HALF, lambda said, step: dict.fromkeys(said, 1.0), HALF), (False, False, True), strict=True
+            )
+        ]
+        assert_alone(deployment, requests, expected)
+        masked = sum((9 + step) % 4 == 0 for alone in expected for step in range(len(alone.tokens)))
+        assert [expert.masked_rows for expert in deployment.stats().experts] == [0, masked]
+
+
+@pytest.mark.parametrize("fields", [{}, {"stop_token_ids": [3]}, {"logit_bias": {5: 1.0}}], ids=str)
+def test_where_no_expert_has_anything_to_say_the_sequence_ends(tmp_path, rng, models, fields):
+    """Not even a token that the request names may be chosen then."""
+    engines = [FakeEngine(model, Behaviour(nan=lambda tokens: len(tokens) == 12)) for model in models]
+    with Deployment(tmp_path, engines) as deployment:
+        doomed, fine = request(rng, (9, 9), temperature=0.0, **fields), request(rng, (20, 20))
+        deployment.run(doomed, fine)
+        alone = generate(doomed, models, HALF)
+        assert len(alone.tokens) > 3
+        ended = deployment.ended[doomed.id]
+        assert (ended.reason, ended.message) == (FinishReason.ERROR, "no expert gave usable probabilities")
+        assert deployment.tokens[doomed.id] == alone.tokens[:3]
+        assert_alone(deployment, [fine], [generate(fine, models, HALF)])
+
+
+# --- the gate ---
+
+
+class GateStandIn:
+    """A checkpoint whose coefficients depend on everything a gate is given, and on how often it was asked before."""
+
+    contract = SimpleNamespace(space="logprob", projected_size=2, state_size=1)
+
+    def __init__(self) -> None:
+        self.trouble = ""
+
+    def project(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden[:, expert : expert + 2]
+
+    def forward(self, logprobs, ids, projected, state):
+        rows, experts, _ = logprobs.shape
+        if self.trouble == "raises":
+            raise RuntimeError("no")
+        if self.trouble == "shape":
+            return torch.ones(rows, experts + 1), state
+        if self.trouble == "state":
+            return torch.ones(rows, experts), state[:, :0]
+        scores = logprobs[:, :, 0] + (ids[:, :, 0] % 3) + projected.sum(-1) + 0.1 * state * torch.arange(experts)
+        if self.trouble == "nan":
+            scores = torch.full_like(scores, float("nan"))
+        return scores.softmax(-1), state + 1
+
+    def reference(self, models: list[FakeModel], each):
+        """The same in NumPy, from the history."""
+
+        def weigh(said, step):
+            scores = []
+            for expert, logprobs in said.items():
+                best = int(logprobs.argmax())
+                history = each.prompts[expert] + self.so_far(each, models, step)
+                hidden = models[expert].hidden(history)[expert : expert + 2]
+                scores.append(logprobs[best] + best % 3 + hidden.sum() + 0.1 * step * expert)
+            return dict(zip(said, softmax(scores).tolist(), strict=True))
+
+        return weigh
+
+    def so_far(self, each, models, step):
+        return self.tokens[each.id][:step]
+
+
+@pytest.fixture
+def gate(monkeypatch) -> GateStandIn:
+    stand_in = GateStandIn()
+    monkeypatch.setattr("server.coordinator.process.load_gate", lambda *args, **kwargs: Gate(stand_in))
+    monkeypatch.setattr("server.coordinator.process.vocabulary_hash", lambda path: "")
+    return stand_in
+
+
+def gated(tmp_path, models, gate, on_failure="uniform") -> Deployment:
+    engines = [
+        FakeEngine(model, Behaviour(chunk=chunk), want_hidden=True)
+        for model, chunk in zip(models, (9, 14), strict=True)
+    ]
+    return Deployment(tmp_path, engines, projector=gate, gate={"file": "gate.pt", "on_failure": on_failure})
+
+
+def test_the_gate_sees_all_it_should_and_remembers(tmp_path, rng, models, gate):
+    """Whatever is parked and added again: the state moves on once a token, and hidden states are the right rows'."""
+    with gated(tmp_path, models, gate) as deployment:
+        requests = [request(rng, tuple(rng.integers(2, 30, 2)), GatePolicy(), expert_weights=True) for _ in range(6)]
+        deployment.run(*requests)
+        gate.tokens = deployment.tokens
+        for each in requests:
+            alone = generate(each, models, gate.reference(models, each))
+            assert deployment.tokens[each.id] == alone.tokens
+        assert HIDDEN > 2 and deployment.stats().parked > 0
+
+
+def test_policies_that_select_by_the_gate(tmp_path, rng, models, gate):
+    with gated(tmp_path, models, gate) as deployment:
+        selected, routed = request(rng, (9, 9), Select("gate")), request(rng, (9, 9), FusionRoute("a"))
+        deployment.run(selected, routed)
+        gate.tokens = deployment.tokens
+        weigh = gate.reference(models, selected)
+
+        def select(said, step):
+            weights = weigh(said, step)
+            return {expert: float(weights[expert] == max(weights.values())) for expert in said}
+
+        expected = [generate(selected, models, select), generate(routed, models, lambda said, step: {0: 1.0, 1: 1.0})]
+        assert_alone(deployment, [selected, routed], expected)
+
+
+@pytest.mark.parametrize("trouble", ["raises", "shape", "state", "nan"])
+def test_a_gate_that_fails_gives_way_to_uniform_weights(tmp_path, rng, models, gate, trouble):
+    with gated(tmp_path, models, gate) as deployment:
+        gate.trouble = trouble
+        one = request(rng, policy=GatePolicy())
+        deployment.run(one)
+        assert_alone(deployment, [one], [generate(one, models, HALF)])
+        assert deployment.stats().gate_failures == len(deployment.tokens[one.id])
+
+
+def test_a_gate_that_fails_fails_the_requests_that_ask_it(tmp_path, rng, models, gate):
+    with gated(tmp_path, models, gate, on_failure="fail") as deployment:
+        gate.trouble = "raises"
+        asks, does_not = request(rng, policy=GatePolicy()), request(rng)
+        deployment.run(asks, does_not)
+        ended = deployment.ended[asks.id]
+        assert (ended.reason, ended.message) == (FinishReason.ERROR, "the gate failed")
+        assert_alone(deployment, [does_not], [generate(does_not, models, HALF)])
+        gate.trouble = ""
+        again = request(rng, policy=GatePolicy())
+        deployment.run(again)
+        assert deployment.ended[again.id].reason is FinishReason.LENGTH
