@@ -107,8 +107,7 @@ def _validate(contract: Contract) -> None:
     reads_hidden = "hidden" in contract.inputs
     sizes = len(contract.experts) if reads_hidden else 0
     rules = {
-        f"format_version {contract.format_version} is not {FORMAT_VERSION}": contract.format_version
-        == FORMAT_VERSION,
+        f"format_version {contract.format_version} is not {FORMAT_VERSION}": contract.format_version == FORMAT_VERSION,
         "experts must be two or more distinct names": len(set(contract.experts)) == len(contract.experts) > 1,
         "top_k must be at least 1": contract.top_k >= 1,
         "inputs must not be empty": bool(contract.inputs),

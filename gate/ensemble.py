@@ -133,8 +133,7 @@ class Ensemble:
         positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.size(1) :]
         common = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
         outputs = [
-            model.model(ids, past_key_values=cache, **common)
-            for model, cache in zip(self.models, caches, strict=True)
+            model.model(ids, past_key_values=cache, **common) for model, cache in zip(self.models, caches, strict=True)
         ]
         view = self._view([output.last_hidden_state[:, -1] for output in outputs])
         return Cursor(view, [output.past_key_values for output in outputs], mask)

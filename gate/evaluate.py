@@ -112,8 +112,7 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "accuracy": {name: accuracy(outcomes) for name, outcomes in answers.items()},
         "seconds": seconds,
         "answers": {
-            name: {outcome.question.number: outcome.text for outcome in outcomes}
-            for name, outcomes in answers.items()
+            name: {outcome.question.number: outcome.text for outcome in outcomes} for name, outcomes in answers.items()
         },
     }
 

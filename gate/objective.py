@@ -28,12 +28,9 @@ def prepare(records: Records) -> Prepared:
     """Works out the unions in chunks, to bound memory."""
     rows = torch.arange(len(records.tokens)).tensor_split(1 + len(records.tokens) // 8192)
     chunks = [
-        candidates(records.topk_logprobs[chunk], records.topk_ids[chunk], records.vocabulary_size)
-        for chunk in rows
+        candidates(records.topk_logprobs[chunk], records.topk_ids[chunk], records.vocabulary_size) for chunk in rows
     ]
-    union = Candidates(
-        torch.cat([chunk.ids for chunk in chunks]), torch.cat([chunk.logprobs for chunk in chunks])
-    )
+    union = Candidates(torch.cat([chunk.ids for chunk in chunks]), torch.cat([chunk.logprobs for chunk in chunks]))
     slots, listed = token_slots(union, records.tokens)
     return Prepared(records, union, slots, listed)
 
@@ -90,15 +87,11 @@ def group_advantages(rewards: Tensor, group: int) -> Tensor:
     return (centred / (grouped.std(1, keepdim=True) + 1e-4)).reshape(-1)
 
 
-def clipped_policy_loss(
-    logprobs: Tensor, old: Tensor, mask: Tensor, advantages: Tensor, clip: float
-) -> Tensor:
+def clipped_policy_loss(logprobs: Tensor, old: Tensor, mask: Tensor, advantages: Tensor, clip: float) -> Tensor:
     """Group-relative policy gradient with the clipped ratio (GRPO, arXiv 2402.03300, equation 3 without KL).
 
     logprobs, old, mask: [B, T]; advantages: [B].
     """
     ratio = (logprobs - old).clamp(-5.0, 5.0).exp()
-    gain = torch.minimum(
-        ratio * advantages.unsqueeze(1), ratio.clamp(1 - clip, 1 + clip) * advantages.unsqueeze(1)
-    )
+    gain = torch.minimum(ratio * advantages.unsqueeze(1), ratio.clamp(1 - clip, 1 + clip) * advantages.unsqueeze(1))
     return -(gain * mask).sum() / mask.sum().clamp_min(1)

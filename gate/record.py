@@ -84,8 +84,7 @@ def to_records(ensemble: Ensemble, rollout: Rollout, prompts: list[Prompt], sour
         topk_logprobs=torch.stack([view.topk_logprobs for view in rollout.views], dim=1)[keep],
         topk_ids=torch.stack([view.topk_ids for view in rollout.views], dim=1)[keep],
         hidden=[
-            torch.stack([view.hidden[i] for view in rollout.views], dim=1)[keep]
-            for i in range(len(ensemble.names))
+            torch.stack([view.hidden[i] for view in rollout.views], dim=1)[keep] for i in range(len(ensemble.names))
         ],
         tokens=rollout.tokens[keep],
         lengths=rollout.lengths,

@@ -57,7 +57,7 @@ def _model_files(config: Config, index: int) -> ModelFiles:
 
 def _one_vocabulary(files: dict[str, ModelFiles]) -> str:
     """The hash of the vocabulary that all experts share."""
-    hashes = {name: vocabulary_hash(found.tokenizer_path) for name, found in files.items()}
+    hashes = {name: _vocabulary(name, found) for name, found in files.items()}
     first, expected = next(iter(hashes.items()))
     for name, found in hashes.items():
         if found != expected:
@@ -70,6 +70,14 @@ def _one_vocabulary(files: dict[str, ModelFiles]) -> str:
         listed = ", ".join(f"{name}: {size}" for name, size in sizes.items())
         raise StartError(f"vocabulary: vocab_size differs in config.json ({listed})")
     return expected
+
+
+def _vocabulary(expert: str, found: ModelFiles) -> str:
+    """The hash of one expert's vocabulary."""
+    try:
+        return vocabulary_hash(found.tokenizer_path)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise StartError(f"expert {expert}: {found.tokenizer_path}: not a tokenizer: {error}") from None
 
 
 def _check_devices(config: Config) -> str:

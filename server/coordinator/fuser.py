@@ -144,8 +144,9 @@ class Fuser:
         prob_space = np.zeros(len(slots), bool)
         allowed: Bool | None = None
         numbers = table.policy[slots]
-        for number, policy in self.policies.present(numbers):
-            rows = np.flatnonzero(numbers == number)
+        present = self.policies.present(numbers)
+        for number, policy in present:
+            rows = slice(None) if len(present) == 1 else np.flatnonzero(numbers == number)
             evidence = Evidence(
                 logprobs[rows], available[rows], gated[rows], table.cross_entropy[slots[rows]], self._vocabulary
             )

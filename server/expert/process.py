@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -26,7 +27,9 @@ def run(config: Config, place: Placement, directory: Path) -> None:
     os.environ["TMPDIR"] = str(directory)  # vLLM's files go when the directory goes, even if this process is killed
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    warnings.simplefilter("ignore")  # what torch and vLLM warn of at import is not our user's to mend
+    # What torch and vLLM warn of at import is not our user's to mend.
+    warnings.simplefilter("ignore")
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
 
     import torch
 
@@ -37,6 +40,8 @@ def run(config: Config, place: Placement, directory: Path) -> None:
     from server.expert.vllm_engine import VllmEngine
     from server.expert.worker import Worker
 
+    # Before the engine: while it loads, the ranks find each other, so that the first tick reaches them all.
+    conversation = converse(place, chosen.tensor_parallel_size, directory)
     gate = _projecting_gate(config, chosen)
     engine = VllmEngine(
         chosen,
@@ -44,7 +49,6 @@ def run(config: Config, place: Placement, directory: Path) -> None:
         max_sequences=config.limits.sequences,
         want_hidden=gate is not None,
     )
-    conversation = converse(place, chosen.tensor_parallel_size, directory)
     worker = Worker(
         engine,
         conversation,

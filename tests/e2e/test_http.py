@@ -11,10 +11,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 
 from tests.e2e import demo, gates
 from tests.e2e.serving import Served, serve, until
-from tests.oracle import rules
+from tests.oracle import rules, truncated
 from tests.oracle.reference import Reference
 
 QUESTION = [{"role": "user", "content": "Sum 94 and 77."}]
@@ -173,6 +174,18 @@ def test_logprobs_are_those_of_the_fused_distribution(server: Served) -> None:
     )
     assert len(completion.choices[0].logprobs.token_logprobs) == 6
     assert all(len(top) == 3 for top in completion.choices[0].logprobs.top_logprobs)
+
+
+def test_logprobs_follow_from_the_experts_truncated_lists(server: Served, reference: Reference) -> None:
+    """Lists of 32 with tail estimates, against the oracle's arithmetic on transformers' distributions."""
+    prompt = reference.encode(QUESTION)
+    for model, space in (("demo", "logprob"), ("demo:mixture", "prob")):
+        choice = ask(server, model=model, logprobs=True, top_logprobs=20, extra_body={"return_token_ids": True, **LONG})
+        choice = choice.choices[0]
+        after = reference.logprobs(prompt + choice.token_ids)[:, len(prompt) - 1 : -1].transpose(0, 1)  # [T, E, V]
+        expected = truncated.fuse(after, 32, "tail", [1 / 3] * 3, space).log().topk(20).values
+        found = [[top.logprob for top in entry.top_logprobs] for entry in choice.logprobs.content]
+        assert (torch.tensor(found) - expected).abs().max() < 2e-3
 
 
 def test_policies_and_coefficients_in_the_extra_body(server: Served) -> None:

@@ -50,7 +50,7 @@ SECONDS = 20.0
 
 
 class Deployment:
-    """What the coordinator has told the api: `tokens`, `choices`, `cached`, `ended` (in order of arrival), `statuses`."""
+    """`tokens`, `choices`, `cached`, `ended` (in order of arrival), `statuses`: what the coordinator told the api."""
 
     def __init__(
         self, directory: Path, engines: list[FakeEngine], *, projector: Projector | None = None, **settings: Any

@@ -1,0 +1,60 @@
+"""Truncated lists: how far the fused distribution is from fusion over the full vocabulary, and that the server computes
+what the definition says. `python -m tests.e2e.truncation` measures the whole table."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from server.local import LocalDeployment
+from server.policy import Policy, Uniform
+from tests.e2e.teacher import Texts, served
+from tests.oracle import truncated
+from tests.oracle.reference import Reference
+
+PROMPTS = 40
+UNIFORM = [1 / 3] * 3
+TOLERANCE = 1e-4
+SPACES = ["logprob", "prob"]
+
+
+@pytest.fixture(scope="module")
+def texts(reference: Reference) -> Texts:
+    return Texts(reference, PROMPTS)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_exact_is_nearer_than_tail_and_both_come_nearer_with_k(space: str, texts: Texts) -> None:
+    full = truncated.combine(texts.logprobs, UNIFORM, space).softmax(-1)
+    distance = {
+        (k, missing): truncated.total_variation(truncated.fuse(texts.logprobs, k, missing, UNIFORM, space), full)
+        for k in (8, 32, 128)
+        for missing in ("tail", "exact")
+    }
+    means = {key: float(values.mean()) for key, values in distance.items()}
+    print(f"\n{space}: {len(texts.prefixes)} positions, {means}")
+    for k in (8, 32, 128):
+        assert means[k, "exact"] <= means[k, "tail"] + 1e-12
+    for missing in ("tail", "exact"):
+        assert means[8, missing] > means[32, missing] > means[128, missing]
+    assert means[8, "tail"] > 10 * means[8, "exact"] or space == "prob"
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_the_server_computes_the_definition(space: str, texts: Texts, cramped: LocalDeployment) -> None:
+    """With exact look-up, lists of 32. `test_http` compares tail estimates."""
+    policy: Policy = Uniform(space=space)
+    found = served(cramped, texts, policy)
+    expected = truncated.fuse(texts.logprobs, 32, "exact", UNIFORM, space)
+    # Where the 32nd and 33rd candidate are equal to rounding, the two may list another one.
+    off = truncated.total_variation(found, expected)
+    print(f"\n{space}: largest total variation between served and expected {off.max():.2g}")
+    assert off.max() < TOLERANCE
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_nothing_is_lost_with_the_whole_vocabulary(space: str, texts: Texts, whole: LocalDeployment) -> None:
+    full = truncated.combine(texts.logprobs, UNIFORM, space).softmax(-1)
+    off = truncated.total_variation(served(whole, texts, Uniform(space=space)), full)
+    assert off.max() < TOLERANCE
+    assert torch.isfinite(off).all()

@@ -1,0 +1,45 @@
+"""Tensor-parallel ranks: all hear the same, one speaks."""
+
+from __future__ import annotations
+
+from server.expert.ranks import converse
+from server.messages import BareDone, FromExpert, Gather, Stop, Tick, ToExpert
+from server.placement import Placement
+from server.transport import Channel, endpoint
+
+SECONDS = 10.0
+SAID = [Tick(1, b"", [], [], []), Gather(b"\x00" * 4, b"\x01" * 4), Tick(2, b"\x07\x00\x00\x00", [1], [2], []), Stop()]
+
+
+def place(rank: int) -> Placement:
+    return Placement(expert=2, generation=3, rank=rank, port=0, cpus=None, gpus=[])
+
+
+def test_every_rank_hears_everything_in_order_and_only_the_first_answers(tmp_path):
+    coordinator: Channel[FromExpert, ToExpert] = Channel(endpoint(tmp_path, "expert-2-3"), FromExpert, bind=True)
+    leader, *followers = (converse(place(rank), 3, tmp_path) for rank in range(3))
+    for follower in followers:
+        follower.send(BareDone([2.0]))
+    leader.send(BareDone([1.0]))
+    assert coordinator.receive(SECONDS) == BareDone([1.0])
+    for message in SAID:
+        coordinator.send(message)
+    assert [leader.receive(SECONDS) for _ in SAID] == SAID
+    for follower in followers:
+        assert [follower.receive(SECONDS) for _ in SAID] == SAID
+    assert leader.receive(0.05) is None
+    assert coordinator.receive(0.05) is None
+    for end in (leader, *followers, coordinator):
+        end.close()
+
+
+def test_a_single_rank_talks_to_the_coordinator_itself(tmp_path):
+    coordinator: Channel[FromExpert, ToExpert] = Channel(endpoint(tmp_path, "expert-2-3"), FromExpert, bind=True)
+    alone = converse(place(0), 1, tmp_path)
+    assert isinstance(alone, Channel)
+    alone.send(BareDone([1.0]))
+    assert coordinator.receive(SECONDS) == BareDone([1.0])
+    coordinator.send(SAID[0])
+    assert alone.receive(SECONDS) == SAID[0]
+    alone.close()
+    coordinator.close()

@@ -1,0 +1,248 @@
+"""The worker over a fake engine, told what to do message by message, in one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax
+
+from server.expert.worker import Worker
+from server.messages import Add, Bare, BareDone, Gather, Gathered, Load, Ready, Report, Scored, Stop, Tick
+from tests.fakes import VOCABULARY, Behaviour, FakeEngine, FakeModel
+
+MODEL = FakeModel(0)
+Answer = Callable[["Script"], object]
+
+
+class Script:
+    """A conversation: `says` are the coordinator's messages in order, each given as it is or made from what came so
+    far; then `Stop`."""
+
+    def __init__(self, *says: object | Answer) -> None:
+        self._says = [*says, Stop()]
+        self.heard: list = []
+
+    def receive(self, timeout):
+        assert timeout is None
+        said = self._says.pop(0)
+        return said(self) if callable(said) else said
+
+    def send(self, message) -> None:
+        self.heard.append(message)
+
+    def close(self) -> None: ...
+
+    @property
+    def reports(self) -> list[Report]:
+        return [message for message in self.heard if isinstance(message, Report)]
+
+    def of(self, kind: type) -> list:
+        return [message for message in self.heard if isinstance(message, kind)]
+
+
+def run(
+    *says: object | Answer, behaviour: Behaviour | None = None, top_k=4, projector=None, retain=False
+) -> tuple[Script, FakeEngine]:
+    engine = FakeEngine(MODEL, behaviour, want_hidden=projector is not None)
+    script = Script(*says)
+    Worker(engine, script, expert=1, top_k=top_k, projector=projector, retain=retain).run()
+    return script, engine
+
+
+def tick(number: int = 1, *, tokens=(), drop=(), park=(), add=()) -> Tick:
+    return Tick(number, np.array(tokens, np.int32).tobytes(), list(drop), list(park), list(add))
+
+
+def tokens_for(report: Report, **chosen: int) -> list[int]:
+    """`s3=7` chooses token 7 for slot 3, in the order of the report's rows."""
+    return [chosen[f"s{slot}"] for slot in np.frombuffer(report.slots, np.int32)]
+
+
+def rows_of(report: Report) -> dict[int, tuple[int, np.ndarray, np.ndarray]]:
+    """slot -> (position, ids, log-probabilities)."""
+    slots = np.frombuffer(report.slots, np.int32)
+    positions = np.frombuffer(report.positions, np.int32)
+    ids = np.frombuffer(report.ids, np.int32).reshape(len(slots), -1)
+    logprobs = np.frombuffer(report.logprobs, np.float32).reshape(len(slots), -1)
+    return {int(slot): (int(positions[row]), ids[row], logprobs[row]) for row, slot in enumerate(slots)}
+
+
+def exact_of(report: Report) -> dict[int, np.ndarray]:
+    slots = np.frombuffer(report.slots, np.int32)
+    return dict(zip(slots.tolist(), np.frombuffer(report.exact, np.float32).reshape(len(slots), -1), strict=True))
+
+
+def whole(tokens: list[int], temperature: float = 1.0) -> np.ndarray:
+    return log_softmax(MODEL.logits(tokens).astype(np.float64) / temperature)
+
+
+def gather(slots: list[int], ids: list[list[int]]) -> Gather:
+    return Gather(np.array(slots, np.int32).tobytes(), np.array(ids, np.int32).tobytes())
+
+
+def test_a_conversation_from_ready_to_stop():
+    add = Add(3, 77, [5, 6, 7], 0)
+    script, engine = run(
+        tick(10, add=[add]),
+        lambda so_far: tick(11, tokens=[9]),
+        lambda so_far: tick(12, tokens=[2], drop=[3]),
+    )
+    assert isinstance(script.heard[0], Ready)
+    assert [report.number for report in script.reports] == [10, 11]
+    for report, history in zip(script.reports, ([5, 6, 7], [5, 6, 7, 9]), strict=True):
+        position, ids, logprobs = rows_of(report)[3]
+        assert position == len(history)
+        best = np.argsort(-whole(history))[:4]
+        assert ids.tolist() == best.tolist()
+        np.testing.assert_allclose(logprobs, whole(history)[best], atol=1e-5)
+        assert report.exact == b"" and report.projected == b""
+    assert script.reports[0].cached_tokens == {77: 0} and script.reports[1].cached_tokens == {}
+    assert isinstance(script.heard[-1], Load) and script.heard[-1].running == 0
+    assert not engine.sequences and engine.steps == 2
+
+
+def test_tokens_go_to_the_rows_they_were_chosen_for():
+    adds = [Add(slot, 100 + slot, [slot, slot + 1], slot) for slot in range(6)]
+    chosen = {f"s{slot}": slot * 7 % VOCABULARY for slot in range(6)}
+    script, _ = run(
+        tick(add=adds),
+        lambda so_far: tick(2, tokens=tokens_for(so_far.reports[-1], **chosen)),
+        lambda so_far: tick(3, tokens=tokens_for(so_far.reports[-1], **chosen), drop=range(6)),
+    )
+    orders = [np.frombuffer(report.slots, np.int32).tolist() for report in script.reports]
+    assert any(order != sorted(order) for order in orders)
+    for slot, (position, ids, _) in rows_of(script.reports[1]).items():
+        assert position == 3
+        assert ids[0] == whole([slot, slot + 1, chosen[f"s{slot}"]]).argmax()
+
+
+def test_a_step_in_which_no_token_is_due_reports_no_rows():
+    script, _ = run(
+        tick(add=[Add(0, 1, list(range(9)), 0)]),
+        lambda so_far: tick(2),
+        lambda so_far: tick(3),
+        lambda so_far: tick(4, tokens=[1], drop=[0]),
+        behaviour=Behaviour(chunk=3),
+    )
+    assert [len(np.frombuffer(report.slots, np.int32)) for report in script.reports] == [0, 0, 1]
+
+
+def test_temperatures_are_each_sequences_own():
+    heat = {0: 0.5, 1: 1.0, 2: 2.0}
+    script, _ = run(
+        tick(add=[Add(slot, slot, [slot, 4], slot, [7], temperature) for slot, temperature in heat.items()]),
+        lambda so_far: tick(2, tokens=[0, 0, 0], drop=[0, 1, 2]),
+    )
+    for slot, (_, ids, logprobs) in rows_of(script.reports[0]).items():
+        expected = whole([slot, 4], heat[slot])
+        np.testing.assert_allclose(logprobs, expected[ids], atol=1e-5)
+        assert exact_of(script.reports[0])[slot][0] == pytest.approx(expected[7], abs=1e-5)
+
+
+def test_exact_ids_are_padded_and_follow_the_slot():
+    """Slot 1 is given to another sequence, with other ids and another temperature, in the tick that drops the first."""
+    script, _ = run(
+        tick(add=[Add(0, 1, [1], 0, [5, 6, 7]), Add(1, 2, [2], 1, [40]), Add(2, 3, [3], 2)]),
+        lambda so_far: tick(2, tokens=tokens_for(so_far.reports[-1], s0=9, s1=9, s2=9)),
+        lambda so_far: tick(
+            3,
+            tokens=tokens_for(so_far.reports[-1], s0=9, s1=9, s2=9),
+            drop=[1],
+            add=[Add(1, 4, [8], 3, [11, 12], 0.5)],
+        ),
+        lambda so_far: tick(4, tokens=[0, 0, 0], drop=[0, 1, 2]),
+    )
+    first, last = exact_of(script.reports[0]), exact_of(script.reports[2])
+    np.testing.assert_allclose(first[0], whole([1])[[5, 6, 7]], atol=1e-5)
+    np.testing.assert_allclose(first[1], [whole([2])[40], -np.inf, -np.inf], atol=1e-5)
+    assert (first[2] == -np.inf).all()
+    np.testing.assert_allclose(exact_of(script.reports[1])[1][:1], whole([2, 9])[[40]], atol=1e-5)
+    np.testing.assert_allclose(last[0], whole([1, 9, 9])[[5, 6, 7]], atol=1e-5)
+    np.testing.assert_allclose(last[1], [*whole([8], 0.5)[[11, 12]], -np.inf], atol=1e-5)
+
+
+def test_gather_answers_for_shown_rows_and_for_parked_ones():
+    """Asked in the middle of a step, after one in which slot 0 was parked, and between steps; a dropped one is gone."""
+    ids = [[3, -1, 47], [0, 1, 2], [9, 9, 9]]
+    script, _ = run(
+        tick(add=[Add(0, 1, [1, 1], 0), Add(1, 2, [2], 1, temperature=0.5), Add(2, 3, [3], 2)]),
+        gather([2, 0, 1], ids),
+        lambda so_far: tick(2, tokens=tokens_for(so_far.reports[-1], s0=0, s1=6, s2=0), park=[0], drop=[2]),
+        gather([0, 1, 2], ids),
+        lambda so_far: tick(3, tokens=[5], park=[1]),
+        gather([0, 1], ids[:2]),
+        tick(4, drop=[0]),
+        gather([0, 1], ids[:2]),
+        top_k=2,
+        retain=True,
+    )
+    answers = [np.frombuffer(answer.logprobs, np.float32).reshape(-1, 3) for answer in script.of(Gathered)]
+    parked, moved = whole([1, 1]), whole([2, 6], 0.5)
+    nothing = [-np.inf] * 3
+    np.testing.assert_allclose(
+        answers[0], [[whole([3])[3], -np.inf, whole([3])[47]], parked[:3], whole([2], 0.5)[[9, 9, 9]]], atol=1e-5
+    )
+    np.testing.assert_allclose(answers[1], [[parked[3], -np.inf, parked[47]], moved[:3], nothing], atol=1e-5)
+    np.testing.assert_allclose(answers[2], [[parked[3], -np.inf, parked[47]], moved[:3]], atol=1e-5)
+    np.testing.assert_allclose(answers[3], [nothing, moved[:3]], atol=1e-5)
+
+
+def test_a_sequence_that_comes_back_forgets_its_parked_row():
+    script, _ = run(
+        tick(add=[Add(0, 1, [1, 1], 0)]),
+        lambda so_far: tick(2, tokens=[0], park=[0]),
+        tick(3, add=[Add(0, 1, [1, 1, 4], 0)]),
+        gather([0], [[3, 4]]),
+        lambda so_far: tick(4, tokens=[0], drop=[0]),
+        retain=True,
+    )
+    found = np.frombuffer(script.of(Gathered)[0].logprobs, np.float32)
+    np.testing.assert_allclose(found, whole([1, 1, 4])[[3, 4]], atol=1e-5)
+
+
+class Projector:
+    """Two of the hidden state's numbers, and which expert it was."""
+
+    def project(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.cat([hidden[:, :2], torch.full((len(hidden), 1), float(expert))], 1)
+
+
+def test_hidden_states_travel_projected():
+    script, _ = run(
+        tick(add=[Add(slot, slot, [slot, 3], slot) for slot in range(3)]),
+        lambda so_far: tick(2, tokens=[0] * 3, drop=range(3)),
+        projector=Projector(),
+    )
+    report = script.reports[0]
+    projected = np.frombuffer(report.projected, np.float32).reshape(3, 3)
+    for row, slot in enumerate(np.frombuffer(report.slots, np.int32).tolist()):
+        np.testing.assert_allclose(projected[row], [*MODEL.hidden([slot, 3])[:2], 1.0])
+
+
+def test_a_scored_prompt_is_answered_once():
+    prompt = [5, 9, 30, 2]
+    script, _ = run(
+        tick(add=[Add(0, 42, prompt, 0, score=True)]),
+        lambda so_far: tick(2, tokens=[0]),
+        lambda so_far: tick(3, tokens=[0], drop=[0]),
+        behaviour=Behaviour(),
+    )
+    (scored,) = script.of(Scored)
+    expected = [whole(prompt[:at])[prompt[at]] for at in range(1, 4)]
+    assert scored.sequence == 42
+    np.testing.assert_allclose(np.frombuffer(scored.logprobs, np.float32), expected, atol=1e-5)
+
+
+def test_a_stop_in_the_middle_of_a_step_ends_it():
+    script, engine = run(tick(add=[Add(0, 1, [1], 0)]))
+    assert len(script.reports) == 1 and engine.steps == 1
+
+
+def test_bare_runs_and_unknown_slots():
+    script, _ = run(Bare(2, 8, 3), tick(drop=[5], park=[6]), gather([4], [[1, 2]]))
+    assert script.of(BareDone) == [BareDone([0.002] * 3)]
+    assert np.isneginf(np.frombuffer(script.of(Gathered)[0].logprobs, np.float32)).all()
+    assert not script.reports
