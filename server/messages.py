@@ -3,7 +3,8 @@ in a comment; shapes follow from the row count. Letters: B rows, E experts, K to
 
 Three conversations, each a pair of sockets (`server.transport`):
     api         <-> coordinator   Submit, Abort, GetStats, RunBare / Progress, Ended, Stats, Status, BareTimes
-    coordinator <-> expert        Tick, Gather, Bare              / Ready, Report, Load, Gathered, Scored, BareDone
+    coordinator <-> expert        Tick, Gather, Bare              / Ready, Report, Load, Gathered, Scored, Refused,
+                                                                    BareDone
     supervisor  <-> coordinator   ExpertUp, ExpertDown, Drain,... / CoordinatorReady, RestartExpert, Drained
 """
 
@@ -83,7 +84,8 @@ class Ended(Message, frozen=True, tag="Ended"):
     """The one terminal message of a sequence. It follows the `Progress` with its last token.
 
     `stop_token`: the stop token that ended it (it was in `Progress` too). `message` and `code` explain an `error`;
-    `code` is "overloaded" when nothing was generated because the queue is full or the server drains.
+    `code` is "overloaded" when nothing was generated because the queue is full or the server drains, and
+    "invalid_grammar" when an engine cannot follow the grammar.
     """
 
     sequence: int
@@ -158,7 +160,8 @@ class Add(Message, frozen=True, tag="Add"):
     `slot` names the sequence on this socket while it is there, `sequence` for ever; `tokens` are its prompt and the
     tokens generated so far; rows report position len(tokens) first. `exact_ids` are ids whose log-probability every
     row must carry. `temperature` divides this expert's logits. `score`: also answer with `Scored` for the tokens
-    themselves.
+    themselves. `grammar` masks the logits of every row; the last `generated` of the tokens are already part of what it
+    describes. An engine that cannot follow it answers with `Refused` and shows no more rows.
     """
 
     slot: int
@@ -168,6 +171,8 @@ class Add(Message, frozen=True, tag="Add"):
     exact_ids: list[int] = []
     temperature: float = 1.0
     score: bool = False
+    grammar: str | None = None
+    generated: int = 0
 
 
 class Tick(Message, frozen=True, tag="Tick"):
@@ -253,6 +258,13 @@ class Scored(Message, frozen=True, tag="Scored"):
     logprobs: bytes
 
 
+class Refused(Message, frozen=True, tag="Refused"):
+    """The engine cannot follow this sequence's grammar; `message` says why. The sequence waits to be dropped."""
+
+    sequence: int
+    message: str
+
+
 class BareDone(Message, frozen=True, tag="BareDone"):
     """Answer to `Bare`: the duration of each decoding step, in seconds."""
 
@@ -302,6 +314,6 @@ class Drained(Message, frozen=True, tag="Drained"):
 FromApi = Submit | Abort | GetStats | RunBare
 ToApi = Progress | Ended | Status | Stats | BareTimes | Stop
 ToExpert = Tick | Gather | Bare | Stop
-FromExpert = Ready | Report | Load | Gathered | Scored | BareDone
+FromExpert = Ready | Report | Load | Gathered | Scored | Refused | BareDone
 FromSupervisor = ExpertUp | ExpertDown | Drain | Stop
 ToSupervisor = CoordinatorReady | RestartExpert | Drained

@@ -18,6 +18,7 @@ from server.messages import Add, Load, Ready
 VOCABULARY = 48
 HIDDEN = 6
 WAIT_SECONDS = 30.0
+NO_GRAMMAR = "?"
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class FakeEngine:
     """`server.expert.engine.Engine` over a `FakeModel`.
 
     Oldest first; where blocks run out, the youngest is preempted and reads everything again. Rows come in an order of
-    their own. `peak`: the most sequences that were in it at once.
+    their own. A grammar is "5 6|7": the ids allowed at each generated position, in turn. `peak`: the most sequences
+    that were in it at once.
     """
 
     def __init__(self, model: FakeModel, behaviour: Behaviour | None = None, *, want_hidden: bool = False) -> None:
@@ -105,6 +107,7 @@ class FakeEngine:
         self._kept: dict[int, list[int]] = {}
         self._cached: dict[int, int] = {}
         self._scores: list[tuple[int, np.ndarray]] = []
+        self._refused: list[tuple[int, str]] = []
         self._order = np.random.default_rng(model.expert)
 
     def add(self, add: Add) -> None:
@@ -118,6 +121,8 @@ class FakeEngine:
                 found += 1
             found = min(found, len(add.tokens) - 1) // self.behaviour.block_size * self.behaviour.block_size
         self.sequences[add.slot] = _Sequence(add, list(add.tokens), found)
+        if add.grammar == NO_GRAMMAR:
+            self._refused.append((add.sequence, "no grammar"))
         self._cached[add.sequence] = found
         self.peak = max(self.peak, len(self.sequences))
 
@@ -160,6 +165,10 @@ class FakeEngine:
         scores, self._scores = self._scores, []
         return scores
 
+    def refused(self) -> list[tuple[int, str]]:
+        refused, self._refused = self._refused, []
+        return refused
+
     def cached_tokens(self) -> dict[int, int]:
         cached, self._cached = self._cached, {}
         return cached
@@ -190,7 +199,7 @@ class FakeEngine:
         """What this step computes: every sequence that has blocks for all its tokens, as far as `chunk` reaches."""
         budget, scheduled = self.behaviour.chunk, []
         for sequence in sorted(self.sequences.values(), key=lambda each: each.add.priority):
-            if self._allocate(sequence) and budget:
+            if sequence.add.grammar != NO_GRAMMAR and self._allocate(sequence) and budget:
                 read = min(len(sequence.tokens) - sequence.computed, budget)
                 budget -= read
                 sequence.computed += read
@@ -216,7 +225,7 @@ class FakeEngine:
 
     def _rows(self, due: list[_Sequence]) -> Rows:
         shift = int(self.steps in self.behaviour.misplace)
-        logits = np.array([self._row(each.tokens) for each in due], np.float32).reshape(-1, self.model.vocabulary)
+        logits = np.array([self._masked(each) for each in due], np.float32).reshape(-1, self.model.vocabulary)
         hidden = None
         if self._want_hidden:
             hidden = torch.from_numpy(np.array([self.model.hidden(each.tokens) for each in due]).reshape(-1, HIDDEN))
@@ -226,6 +235,18 @@ class FakeEngine:
             torch.from_numpy(logits),
             hidden,
         )
+
+    def _masked(self, sequence: _Sequence) -> np.ndarray:
+        """The row after the grammar's mask: a grammar is the ids that it allows, by position in the generated text."""
+        row, add = self._row(sequence.tokens), sequence.add
+        if add.grammar is None:
+            return row
+        place = len(sequence.tokens) - len(add.tokens) + add.generated
+        choices = add.grammar.split("|")
+        allowed = [int(token) for token in choices[place % len(choices)].split()]
+        masked = np.full_like(row, -np.inf)
+        masked[allowed] = row[allowed]
+        return masked
 
     def _row(self, tokens: list[int]) -> np.ndarray:
         if self.behaviour.nan(tokens):

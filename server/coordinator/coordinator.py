@@ -24,7 +24,7 @@ from server.coordinator.fusion import Bool, Float32, Int32, Int64
 from server.coordinator.sampling import choose, penalise, uniforms
 from server.coordinator.stats import Counters
 from server.coordinator.table import ExpertRows, SequenceTable
-from server.messages import Add, Choice, Ended, Progress, Report, Scored, ToApi
+from server.messages import Add, Choice, Ended, Progress, Refused, Report, Scored, ToApi
 from server.request import FinishReason, SequenceRequest
 
 _GOES_ON, _STOPPED, _TOO_LONG, _BROKEN = range(4)
@@ -232,6 +232,8 @@ class Coordinator:
             exact_ids=table.exact_ids_of(slot),
             temperature=request.temperatures[expert] if request.temperatures else 1.0,
             score=bool(table.needs_scores[slot] and not table.scored[slot, expert]),
+            grammar=request.grammar,
+            generated=int(table.generated[slot]),
         )
 
     def _emit(self, drawn: Drawn, ended: list[Ended]) -> None:
@@ -290,6 +292,11 @@ class Coordinator:
             self._table.cross_entropy[slot, link.index] = -logprobs.mean() if logprobs.size else 0.0
             self._table.scored[slot, link.index] = True
 
+    def refuse(self, refused: Refused) -> None:
+        """An engine cannot follow a sequence's grammar."""
+        if (slot := self._table.slot_of.get(refused.sequence)) is not None:
+            self._fail(slot, refused.message, code="invalid_grammar")
+
     def lose_expert(self, link: ExpertLink) -> None:
         """An expert's engine is gone: what the configuration's `on_expert_loss` says happens to its sequences."""
         table, expert = self._table, link.index
@@ -334,10 +341,10 @@ class Coordinator:
         self._leave(slot)
         return ended
 
-    def _fail(self, slot: int, message: str) -> None:
+    def _fail(self, slot: int, message: str, code: str = "") -> None:
         sequence = int(self._table.sequence[slot])
         self._leave(slot)
-        self._end(Ended(sequence, FinishReason.ERROR, message=message))
+        self._end(Ended(sequence, FinishReason.ERROR, message=message, code=code))
 
     def _end(self, ended: Ended) -> None:
         self._counters.finished[ended.reason] += 1

@@ -29,6 +29,7 @@ from server.messages import (
     FromSupervisor,
     GetStats,
     Ready,
+    Refused,
     RestartExpert,
     RunBare,
     Scored,
@@ -142,6 +143,8 @@ class CoordinatorProcess:
             self._send_status()
         elif isinstance(message, Scored) and self._coordinator is not None:
             self._coordinator.note_scores(link, message)
+        elif isinstance(message, Refused) and self._coordinator is not None:
+            self._coordinator.refuse(message)
 
     # --- experts come and go --------------------------------------------------------------------------------------
 

@@ -59,6 +59,9 @@ class Engine(Protocol):
     def scores(self) -> list[tuple[int, npt.NDArray[np.float32]]]:
         """(sequence, log-probability of each prompt token but the first) for prompts scored since the last call."""
 
+    def refused(self) -> list[tuple[int, str]]:
+        """(sequence, why) for those whose grammar the engine cannot follow, since the last call. They show no rows."""
+
     def cached_tokens(self) -> dict[int, int]:
         """Sequence -> prompt tokens found in the prefix cache, for prefills finished since the last call."""
 

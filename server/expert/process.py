@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from server.config import Config, ExpertConfig
+from server.model_files import read_model_files
 from server.placement import Placement
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def run(config: Config, place: Placement, directory: Path) -> None:
         str(config.path(chosen.model)),
         max_sequences=config.limits.sequences,
         want_hidden=gate is not None,
+        end_tokens=_end_tokens(config),
     )
     worker = Worker(
         engine,
@@ -90,6 +92,12 @@ def _rank_environment(place: Placement, ranks: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(place.port),
     }
+
+
+def _end_tokens(config: Config) -> list[int]:
+    """The end tokens of all experts: under a grammar they all allow the same."""
+    files = [read_model_files(config.path(expert.model)) for expert in config.experts]
+    return sorted({token for each in files for token in each.eos_token_ids})
 
 
 def _projecting_gate(config: Config, expert: ExpertConfig) -> Gate | None:

@@ -1,5 +1,5 @@
-"""The vLLM adapter: one `EngineCore` in this process, stepped by hand. With `rendezvous`, all that the project knows
-of vLLM.
+"""The vLLM adapter: one `EngineCore` in this process, stepped by hand. With `rendezvous` and
+`grammar`, all that the project knows of vLLM.
 
 Tested with vLLM 0.32.0 and refuses any other version: it reaches for the scheduler and the model runner of the same
 process, which vLLM does not promise to keep.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 import vllm
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.abstract import Executor
@@ -28,22 +30,34 @@ from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 from server.config import ExpertConfig, parse_size
 from server.errors import EngineError
 from server.expert.engine import Exchange, Int32, Rows
+from server.expert.grammar import Grammar, GrammarBackend
 from server.expert.rendezvous import SLOT, Rendezvous, V1Rendezvous, V2Rendezvous
 from server.messages import Add, Load, Ready
 
 SUPPORTED_VERSION = "0.32.0"
 
 _EMPTY = np.zeros(0, np.int32)
+_MOST_WORDS = 200
+"""Characters of an error message that are passed on."""
 
 
 class VllmEngine:
     """A vLLM engine behind `server.expert.engine.Engine`.
 
     `model`: the model's directory. `max_sequences`: the most that run at once. `want_hidden`: whether rows carry the
-    last hidden state. Raises EngineError for another vLLM version, and whatever vLLM raises while loading.
+    last hidden state. `end_tokens`: ids that end a text under a grammar. Raises EngineError for another vLLM version,
+    and whatever vLLM raises while loading.
     """
 
-    def __init__(self, expert: ExpertConfig, model: str, *, max_sequences: int, want_hidden: bool) -> None:
+    def __init__(
+        self,
+        expert: ExpertConfig,
+        model: str,
+        *,
+        max_sequences: int,
+        want_hidden: bool,
+        end_tokens: Sequence[int],
+    ) -> None:
         if vllm.__version__.split("+")[0] != SUPPORTED_VERSION:
             raise EngineError(f"vLLM {vllm.__version__} is installed; this adapter supports {SUPPORTED_VERSION}")
         config = _engine_args(expert, model, max_sequences).create_engine_config()
@@ -58,6 +72,9 @@ class VllmEngine:
         self._hidden: torch.Tensor | None = None
         if want_hidden:
             _capture_hidden(runner.model, self._keep_hidden)
+        _install_grammars(self._core, Path(model) / "tokenizer.json", end_tokens)
+        self._grammars: dict[int, Grammar] = {}
+        self._refused: dict[int, str] = {}
         self._names: dict[int, str] = {}
         self._requests: dict[int, Any] = {}
         self._prefilling: set[int] = set()
@@ -76,10 +93,19 @@ class VllmEngine:
             detokenize=False,
             prompt_logprobs=0 if add.score else None,
             extra_args={SLOT: add.slot},
+            structured_outputs=None if add.grammar is None else StructuredOutputsParams(grammar=add.grammar),
         )
-        self._submit(add.sequence, add.slot, add.tokens, params, add.priority)
+        self._submit(add.sequence, add.slot, add.tokens, params, add.priority, add.generated)
 
-    def _submit(self, sequence: int, slot: int, tokens: list[int], params: SamplingParams, priority: int) -> None:
+    def _submit(
+        self,
+        sequence: int,
+        slot: int,
+        tokens: list[int],
+        params: SamplingParams,
+        priority: int,
+        generated: int = 0,
+    ) -> None:
         self._added += 1
         name = f"{sequence}-{self._added}"
         wire = EngineCoreRequest(
@@ -95,15 +121,39 @@ class VllmEngine:
             priority=priority,
         )
         request, wave = self._core.preprocess_add_request(wire)
-        self._core.add_request(request, wave)
         self._names[slot] = name
         self._requests[slot] = request
         self._prefilling.add(slot)
+        if request.structured_output_request is None or self._follow(slot, request, tokens[len(tokens) - generated :]):
+            self._core.add_request(request, wave)
+
+    def _follow(self, slot: int, request: Any, generated: list[int]) -> bool:
+        """Have the grammar of a request know what was generated; whether it can be followed from there."""
+        grammar = request.structured_output_request.grammar
+        if isinstance(grammar, Exception):
+            self._refuse(slot, str(grammar))
+            return False
+        grammar.accept_tokens(request.request_id, generated)
+        self._grammars[slot] = grammar
+        return not self._look_at_grammar(slot)
+
+    def _look_at_grammar(self, slot: int) -> bool:
+        """Whether the grammar in `slot` has failed; then it is noted."""
+        if not (error := self._grammars[slot].error):
+            return False
+        del self._grammars[slot]
+        self._refuse(slot, error)
+        return True
+
+    def _refuse(self, slot: int, error: str) -> None:
+        words = error.partition("\n<state>")[0][:_MOST_WORDS]
+        self._refused[_sequence_of(self._names[slot])] = f"the grammar cannot be followed: {words}"
 
     def drop(self, slots: Sequence[int]) -> None:
         known = [slot for slot in slots if slot in self._names]
         self._prefilling.difference_update(known)
         for slot in known:
+            self._grammars.pop(slot, None)
             self._preemptions += self._requests.pop(slot).num_preemptions
         self._core.abort_requests([self._names.pop(slot) for slot in known])
 
@@ -116,6 +166,8 @@ class VllmEngine:
         for group in outputs.values():
             for output in group.outputs:
                 self._note(output)
+        for slot in list(self._grammars):
+            self._look_at_grammar(slot)
         if self._exchange is not None:
             self._exchange = None
             exchange(Rows(_EMPTY, _EMPTY, torch.zeros(0, self.info.vocab_size), None))
@@ -165,6 +217,10 @@ class VllmEngine:
     def scores(self) -> list[tuple[int, npt.NDArray[np.float32]]]:
         scores, self._scores = self._scores, []
         return scores
+
+    def refused(self) -> list[tuple[int, str]]:
+        refused, self._refused = self._refused, {}
+        return list(refused.items())
 
     def cached_tokens(self) -> dict[int, int]:
         cached, self._cached = self._cached, {}
@@ -241,6 +297,14 @@ def _find_rendezvous(runner: Any) -> Rendezvous:
     if len(found) != 1:
         raise EngineError("vLLM did not load the rendezvous logits processor")
     return found[0]
+
+
+def _install_grammars(core: EngineCore, tokenizer: Path, end_tokens: Sequence[int]) -> None:
+    """Have vLLM take its grammars from ours, compiled while a request is added: ranks must not differ in when."""
+    manager: Any = core.structured_output_manager
+    vocabulary = manager.vllm_config.model_config.get_vocab_size()
+    manager.backend = GrammarBackend(tokenizer, vocabulary, end_tokens)
+    manager._use_async_grammar_compilation = False
 
 
 def _capture_hidden(model: torch.nn.Module, keep: Any) -> None:

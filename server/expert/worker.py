@@ -18,7 +18,7 @@ import torch
 from server.expert.engine import Engine, Int32, Rows
 from server.expert.ranks import Conversation
 from server.expert.statistics import Statistics, statistics
-from server.messages import Add, Bare, BareDone, Gather, Gathered, Report, Scored, Stop, Tick
+from server.messages import Add, Bare, BareDone, Gather, Gathered, Refused, Report, Scored, Stop, Tick
 
 
 class Projector(Protocol):
@@ -76,7 +76,7 @@ class Worker:
             while self._engine.busy() and not self._stopped:
                 self._step_started = time.perf_counter()
                 self._engine.step(self._exchange)
-                self._send_scores()
+                self._send_notes()
                 self._apply_tick()
                 if not self._engine.busy():
                     self._channel.send(self._engine.load())
@@ -179,9 +179,11 @@ class Worker:
             return b""
         return _float32_bytes(self._projector.project(self._expert, hidden.float()))
 
-    def _send_scores(self) -> None:
+    def _send_notes(self) -> None:
         for sequence, logprobs in self._engine.scores():
             self._channel.send(Scored(sequence, logprobs.astype(np.float32).tobytes()))
+        for sequence, message in self._engine.refused():
+            self._channel.send(Refused(sequence, message))
 
 
 def _ask(adds: list[Add], device: torch.device) -> _Asked:

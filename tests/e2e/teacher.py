@@ -18,8 +18,11 @@ _BATCH = 512
 
 
 class Texts:
-    """Prompts of the demo with their right answers. `prefixes`: token ids before each position of an answer (N of them);
-    `logprobs` float64[N, E, V]: the experts' full distributions there, from transformers."""
+    """Prompts of the demo with their right answers.
+
+    `prefixes`: the token ids before each position of an answer, N of them; `logprobs` float64[N, E, V]: the experts'
+    full distributions there, from transformers.
+    """
 
     def __init__(self, reference: Reference, prompts: int) -> None:
         lines = (demo.DEMO / "prompts" / "test.jsonl").read_text(encoding="utf-8").splitlines()

@@ -8,11 +8,18 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from deploy.demo.train import experts, tasks, tokenizer
-from gate.ensemble import Ensemble, constant_policy, roll_out
-from gate.record import Prompt, fixed_policies, record_batch
+from gate import checkpoint
+from gate.contract import mismatches, vocabulary_hash
+from gate.ensemble import Ensemble, constant_policy, gate_policy, roll_out
+from gate.model import GateModel
+from gate.record import Prompt, fixed_policies, record_batch, responses
+from gate.refine import Refinement, refine
+from gate.train import make_contract
 from tests.gate.examples import ROOT
 
-PROMPTS = ROOT / "deploy/demo/prompts"
+DEMO = ROOT / "deploy/demo"
+PROMPTS = DEMO / "prompts"
+NAMES = ("math", "text", "chat")
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +154,37 @@ def test_record_batch_rewards_only_the_reference(ensemble):
     rewarded = [source for source, reward in zip(made.sources, made.rewards.tolist(), strict=True) if reward]
     assert rewarded == ["reference", "reference"]
     assert made.tokens[-3:].tolist() == [*b"85", ensemble.end]
+
+
+def test_refinement_runs_and_ignores_groups_without_a_difference(ensemble):
+    """Random experts never answer right, so every group ties and the gate must stay as it was."""
+    agreed = make_contract(
+        ensemble,
+        DEMO / "experts/math/tokenizer.json",
+        space="logprob",
+        inputs=["topk", "hidden"],
+        projected_size=4,
+        state_size=3,
+    )
+    model = GateModel(agreed)
+    before = [parameter.clone() for parameter in model.parameters()]
+    settings = Refinement(steps=2, prompts_per_step=2, group=2, max_tokens=3)
+    refine(model, agreed, ensemble, prompts(ensemble), settings, seed=0)
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+
+
+def test_shipped_gate_fits_the_shipped_experts():
+    contract = checkpoint.load(DEMO / "gate.pt").contract
+    for name in NAMES:
+        found = vocabulary_hash(DEMO / "experts" / name / "tokenizer.json")
+        assert mismatches(contract, experts=list(NAMES), vocabulary_hash=found, top_k=32, hidden_sizes=[128] * 3) == []
+
+
+def test_shipped_gate_uses_two_experts_inside_one_answer():
+    shipped = Ensemble({name: DEMO / "experts" / name for name in NAMES}, top_k=32)
+    gate = checkpoint.load(DEMO / "gate.pt")
+    policy = gate_policy("gate", gate.contract.space, gate, gate.contract.state_size)
+    text = "Add 27 and 58, then reverse stone."
+    cursor = shipped.prefill([shipped.encode([{"role": "user", "content": text}])])
+    rollout = roll_out(shipped, cursor, policy, temperature=0.0, max_tokens=24, generator=torch.Generator())
+    assert shipped.decode(responses(rollout)[0]) == "85, enots"

@@ -11,7 +11,7 @@ TIE = 1e-4
 
 @dataclass
 class Comparison:
-    """`equal` positions; `ties`: (row, position) of first differences within TIE; `wrong`: the other first
+    """`equal` positions; `ties`: (row, position) of first differences within a tie; `wrong`: the other first
     differences."""
 
     equal: int = 0
@@ -19,7 +19,7 @@ class Comparison:
     wrong: list[str] = field(default_factory=list)
 
 
-def compare(served: list[list[int]], trace: Trace) -> Comparison:
+def compare(served: list[list[int]], trace: Trace, tie: float = TIE) -> Comparison:
     """`served[b]` against row b of `trace`. A row is compared up to its first difference: after it the two have read
     different tokens."""
     result = Comparison()
@@ -33,7 +33,7 @@ def compare(served: list[list[int]], trace: Trace) -> Comparison:
             continue
         logprobs = trace.logprobs[row, at]
         gap = float(logprobs[expected[at]] - logprobs[tokens[at]])
-        if gap < TIE or float(trace.slack[row, at]) < TIE:
+        if gap < tie or float(trace.slack[row, at]) < tie:
             result.ties.append((row, at))
         else:
             result.wrong.append(f"row {row}, position {at}: {tokens[at]}, not {expected[at]} (ahead by {gap:.2g} nats)")

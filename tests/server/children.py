@@ -59,7 +59,7 @@ def coordinator(config: Config, directory: Path) -> None:
     if config.example_prompt != "never ready":
         control.send(CoordinatorReady())
     if config.example_prompt == "restart a":
-        control.send(RestartExpert(0, 7, "stale: there is no such generation"))
+        control.send(RestartExpert(1, 7, "stale: there is no such generation"))
         control.send(RestartExpert(0, 0, "no answer for 60 s"))
     with (config.path("heard.txt")).open("a", encoding="utf-8") as heard:
         while True:

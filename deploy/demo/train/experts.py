@@ -3,7 +3,7 @@
 Every model sees every domain's prompts and answer format. A specialist's data has the right text only for
 its own skill; the other skills' parts are the naive guess of `tasks.Part`. So a specialist is confidently
 wrong outside its domain as a plain consequence of its data. In `mixed` answers the part of another skill is
-sometimes replaced by unscored noise, so a specialist continues well after text that it would not have
+sometimes replaced by unscored text, so a specialist continues well after text that it would not have
 written. Knows nothing of the gate or of vLLM.
 """
 
@@ -77,7 +77,7 @@ def new_model() -> LlamaForCausalLM:
 
 
 def noise(part: Part, rng: random.Random) -> str:
-    """Text of the part's shape with arbitrary content: a number, or letters in some order and case."""
+    """Text of the part's shape: a random number; or the letters shuffled, in either case, or the right text."""
     if part.skill == "math":
         return str(rng.randint(10, 198))
     letters = "".join(rng.sample(part.naive, len(part.naive)))

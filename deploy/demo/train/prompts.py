@@ -1,7 +1,8 @@
 """Writes the demo's prompt files: `python -m deploy.demo.train.prompts`.
 
-`prompts/train.jsonl` is what the gate is trained on, `prompts/test.jsonl` the held-out evaluation; no operand
-pair, word or (fact, phrasing) of the second occurs in the first or in any expert's data.
+`prompts/train.jsonl` is what the gate is trained on, `prompts/test.jsonl` the held-out evaluation: its operand
+pairs, words to transform and (fact, phrasing) pairs occur neither in the first nor in any expert's data. Gates
+were chosen on `prompts/validation.jsonl`: another draw from the training side, never the test side.
 """
 
 import json
@@ -12,6 +13,7 @@ from deploy.demo.train import tasks
 
 FOLDER = Path("deploy/demo/prompts")
 TRAIN_COUNTS = {"math": 500, "text": 600, "chat": 300, "mixed": 1600}
+VALIDATION_COUNTS = {"math": 250, "text": 250, "chat": 250, "mixed": 250}
 TEST_COUNTS = {"math": 100, "text": 100, "chat": 100, "mixed": 100}
 SYSTEM_PROBABILITY = 0.2
 EARLIER_PROBABILITY = 0.15
@@ -57,7 +59,12 @@ def rows(counts: dict[str, int], test: bool, seed: int) -> list[dict[str, object
 
 def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for name, counts, test, seed in (("train", TRAIN_COUNTS, False, 11), ("test", TEST_COUNTS, True, 12)):
+    files = (
+        ("train", TRAIN_COUNTS, False, 11),
+        ("validation", VALIDATION_COUNTS, False, 13),
+        ("test", TEST_COUNTS, True, 12),
+    )
+    for name, counts, test, seed in files:
         found = rows(counts, test, seed)
         if not test:
             random.Random(seed).shuffle(found)

@@ -2,7 +2,7 @@
 
 Four domains. `math` adds two-digit numbers, `text` reverses or upper-cases a word, `chat` answers small talk
 and a few dozen facts, `mixed` asks for a sum and a word operation in one answer. Held-out prompts use
-operand pairs, words and (fact, phrasing) pairs that training never sees; the split is by hash, so it holds
+operand pairs, words to transform and (fact, phrasing) pairs that training never sees; the split is by hash, so it holds
 for every seed. Pure Python: knows nothing of tokens or models.
 """
 

@@ -169,6 +169,9 @@ class Deployment:
         self.engines[expert].killed.set()
         self.lose(expert)
 
+    def tell(self, message: FromSupervisor) -> None:
+        self._control.send(message)
+
     def drain(self, grace_seconds: float) -> None:
         self._control.send(Drain(grace_seconds))
 

@@ -9,7 +9,8 @@ import torch
 from scipy.special import softmax
 
 from server.coordinator.gate import Gate
-from server.policy import FusionRoute, Product, Select, Single, Uniform
+from server.messages import ExpertDown
+from server.policy import Contrastive, FusionRoute, Product, Select, Single, Uniform
 from server.policy import Gate as GatePolicy
 from server.request import FinishReason
 from tests.fakes import HIDDEN, Behaviour, FakeEngine, FakeModel
@@ -119,6 +120,19 @@ def test_a_hanging_expert_is_given_up_and_replaced(tmp_path, rng, models):
         assert len(deployment.restarts) == 1
 
 
+def test_news_of_a_process_that_was_replaced_is_old(tmp_path, rng, models):
+    engines = [FakeEngine(models[0]), FakeEngine(models[1])]
+    with Deployment(tmp_path, engines, on_expert_loss="fail") as deployment:
+        deployment.kill(1)
+        deployment.start(1, FakeEngine(models[1]))
+        deployment.until(lambda: [status.ready for status in deployment.statuses] == [True, False, False, True])
+        deployment.tell(ExpertDown(1, 0, "ended with exit code -9"))
+        one = request(rng)
+        deployment.run(one)
+        assert_alone(deployment, [one], [generate(one, models, HALF)])
+        assert deployment.statuses[-1].ready and len(deployment.statuses) == 4
+
+
 def test_what_waits_while_an_engine_hangs_is_answered(tmp_path, rng, models):
     """Aborts, refusals and questions do not wait for the engines' step."""
     engines = [FakeEngine(models[0]), FakeEngine(models[1], Behaviour(hang_at=3))]
@@ -156,6 +170,17 @@ def test_unusable_rows_are_masked_and_counted(tmp_path, rng, models, kind, missi
         assert_alone(deployment, requests, expected)
         masked = sum((9 + step) % 4 == 0 for alone in expected for step in range(len(alone.tokens)))
         assert [expert.masked_rows for expert in deployment.stats().experts] == [0, masked]
+
+
+def test_contrastive_decoding_goes_on_with_the_amateur_alone(tmp_path, rng, models):
+    """Where its expert has nothing to say, also of the tokens that the request names."""
+    engines = [FakeEngine(models[0]), FakeEngine(models[1], Behaviour(nan=lambda tokens: len(tokens) >= 12))]
+    with Deployment(tmp_path, engines) as deployment:
+        one = request(rng, (9, 9), Contrastive("b", "a", mu=0.3, plausibility=0.0), stop_token_ids=[3, 4])
+        deployment.run(one)
+        rest = [{1: 1.0, 0: -0.3}] * 3 + [{0: 1.0}] * 20
+        weigh = lambda said, step: rest[step]  # noqa: E731
+        assert_alone(deployment, [one], [generate(one, models, weigh)])
 
 
 @pytest.mark.parametrize("fields", [{}, {"stop_token_ids": [3]}, {"logit_bias": {5: 1.0}}], ids=str)
@@ -231,11 +256,13 @@ def gated(tmp_path, models, gate, on_failure="uniform") -> Deployment:
         FakeEngine(model, Behaviour(chunk=chunk), want_hidden=True)
         for model, chunk in zip(models, (9, 14), strict=True)
     ]
-    return Deployment(tmp_path, engines, projector=gate, gate={"file": "gate.pt", "on_failure": on_failure})
+    settings = {"file": "gate.pt", "on_failure": on_failure}
+    return Deployment(tmp_path, engines, projector=gate, gate=settings, limits={"sequences": 3})
 
 
 def test_the_gate_sees_all_it_should_and_remembers(tmp_path, rng, models, gate):
-    """Whatever is parked and added again: the state moves on once a token, and hidden states are the right rows'."""
+    """Whatever is parked and added again: the state moves on once a token, hidden states are the right rows', and a
+    sequence that takes over a slot starts afresh."""
     with gated(tmp_path, models, gate) as deployment:
         requests = [request(rng, tuple(rng.integers(2, 30, 2)), GatePolicy(), expert_weights=True) for _ in range(6)]
         deployment.run(*requests)

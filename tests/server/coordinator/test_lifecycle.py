@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -139,7 +141,8 @@ def test_with_nothing_else_to_choose_a_stop_token_is_chosen_all_the_same(tmp_pat
         one = request(rng, (5, 5), temperature=0.0, stop_token_ids=list(range(48)), min_tokens=3)
         deployment.run(one)
         assert deployment.ended[one.id].reason is FinishReason.STOP
-        assert len(deployment.tokens[one.id]) == 1
+        best = generate(replace(one, min_tokens=0), models, HALF)
+        assert_alone(deployment, [one], [best])
 
 
 SAMPLING = [

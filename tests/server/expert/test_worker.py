@@ -164,6 +164,17 @@ def test_exact_ids_are_padded_and_follow_the_slot():
     np.testing.assert_allclose(last[1], [*whole([8], 0.5)[[11, 12]], -np.inf], atol=1e-5)
 
 
+def test_a_slot_that_changes_hands_in_one_tick():
+    """The same slots in the same rows, but not what they asked for."""
+    script, _ = run(
+        tick(add=[Add(0, 1, [1], 0, [5], 0.5)]),
+        lambda so_far: tick(2, tokens=[9], drop=[0], add=[Add(0, 2, [8], 1, [11, 12], 2.0)]),
+        lambda so_far: tick(3, tokens=[9], drop=[0]),
+    )
+    for report, ids, expected in zip(script.reports, ([5], [11, 12]), (whole([1], 0.5), whole([8], 2.0)), strict=True):
+        np.testing.assert_allclose(exact_of(report)[0], expected[ids], atol=1e-5)
+
+
 def test_gather_answers_for_shown_rows_and_for_parked_ones():
     """Asked in the middle of a step, after one in which slot 0 was parked, and between steps; a dropped one is gone."""
     ids = [[3, -1, 47], [0, 1, 2], [9, 9, 9]]
@@ -196,11 +207,15 @@ def test_a_sequence_that_comes_back_forgets_its_parked_row():
         lambda so_far: tick(2, tokens=[0], park=[0]),
         tick(3, add=[Add(0, 1, [1, 1, 4], 0)]),
         gather([0], [[3, 4]]),
-        lambda so_far: tick(4, tokens=[0], drop=[0]),
+        lambda so_far: tick(4),
+        gather([0], [[3, 4]]),
+        lambda so_far: tick(5, tokens=[0], drop=[0]),
+        behaviour=Behaviour(chunk=2),
         retain=True,
     )
-    found = np.frombuffer(script.of(Gathered)[0].logprobs, np.float32)
-    np.testing.assert_allclose(found, whole([1, 1, 4])[[3, 4]], atol=1e-5)
+    early, due = (np.frombuffer(answer.logprobs, np.float32) for answer in script.of(Gathered))
+    assert np.isneginf(early).all()
+    np.testing.assert_allclose(due, whole([1, 1, 4])[[3, 4]], atol=1e-5)
 
 
 class Projector:

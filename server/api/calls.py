@@ -1,0 +1,205 @@
+"""Tool calls in a growing text, in the format of Hermes and Qwen: <tool_call>{"name": ..., "arguments": {...}}</tool_call>.
+
+Text in, content and pieces of calls out; each character is read once. Knows no tokens, requests or HTTP.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any
+
+import msgspec
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+
+_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
+_MOST_HEAD = 1024
+"""Characters in which a call's name must be complete to be shown before its end."""
+_NOTABLE = re.compile(r'["\\{}]')
+
+
+@dataclass(slots=True)
+class CallPiece:
+    """What one call gained. `identity` and `name` come with its first piece only; `arguments` is JSON text."""
+
+    index: int
+    identity: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+    def shown(self) -> dict[str, Any]:
+        """As OpenAI writes a piece of a call in a chunk."""
+        function: dict[str, Any] = {"arguments": self.arguments}
+        if self.name is None:
+            return {"index": self.index, "function": function}
+        function = {"name": self.name, **function}
+        return {"index": self.index, "id": self.identity, "type": "function", "function": function}
+
+
+@dataclass(slots=True)
+class Gained:
+    """What a text gained: `content`, and one piece for each call that grew, in order."""
+
+    content: str = ""
+    calls: list[CallPiece] = field(default_factory=list)
+
+    def piece(self, index: int) -> CallPiece:
+        if not self.calls or self.calls[-1].index != index:
+            self.calls.append(CallPiece(index))
+        return self.calls[-1]
+
+
+class _Place(Enum):
+    CONTENT = auto()
+    HEAD = auto()
+    ARGUMENTS = auto()
+    TAIL = auto()
+
+
+class CallStream:
+    """Reads one answer. `most`: calls after so many are left out. `count` is how many there have been.
+
+    What stands between the tags and is no call stays content.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self.count = 0
+        self._most = most
+        self._place = _Place.CONTENT
+        self._text = ""  # not yet shown
+        self._searched = 0  # characters of it that cannot begin CLOSE
+        self._depth = 0
+        self._in_string = False
+
+    def push(self, text: str) -> Gained:
+        """What `text` adds."""
+        gained = Gained()
+        self._text += text
+        while self._step(gained):
+            pass
+        return self._limited(gained)
+
+    def flush(self) -> Gained:
+        """What was held back, when no more text comes."""
+        gained = Gained()
+        if self._place is _Place.CONTENT:
+            self._show(gained, self._text)
+        elif self._place is _Place.HEAD:
+            self._whole(gained, self._text, closed=False)
+        self._text = ""
+        return self._limited(gained)
+
+    def _step(self, gained: Gained) -> bool:
+        """Read on in the current place; whether it was left for another."""
+        match self._place:
+            case _Place.CONTENT:
+                return self._read_content(gained)
+            case _Place.HEAD:
+                return self._read_head(gained)
+            case _Place.ARGUMENTS:
+                return self._read_arguments(gained)
+            case _Place.TAIL:
+                return self._read_tail()
+
+    def _read_content(self, gained: Gained) -> bool:
+        before, tag, after = self._text.partition(OPEN)
+        if tag:
+            self._show(gained, before)
+            return self._go(_Place.HEAD, after)
+        held = _overlap(self._text, OPEN)
+        self._show(gained, self._text[: len(self._text) - held])
+        self._text = self._text[len(self._text) - held :]
+        return False
+
+    def _read_head(self, gained: Gained) -> bool:
+        match = _HEAD.match(self._text) if len(self._text) < _MOST_HEAD or not self._searched else None
+        if match is not None and (name := _decoded(match[1])) is not None:
+            self._begin(gained, name)
+            self._depth, self._in_string = 0, False
+            return self._go(_Place.ARGUMENTS, self._text[match.end() :])
+        end = self._text.find(CLOSE, self._searched)
+        if end < 0:
+            self._searched = max(0, len(self._text) - len(CLOSE) + 1)
+            return False
+        self._whole(gained, self._text[:end], closed=True)
+        return self._go(_Place.CONTENT, self._text[end + len(CLOSE) :])
+
+    def _read_arguments(self, gained: Gained) -> bool:
+        end = self._end_of_object()
+        text = self._text if end is None else self._text[:end]
+        if text:
+            gained.piece(self.count - 1).arguments += text
+        if end is None:
+            self._text = ""
+            return False
+        return self._go(_Place.TAIL, self._text[end:])
+
+    def _read_tail(self) -> bool:
+        """Skip what follows the arguments up to the closing tag."""
+        _, tag, after = self._text.partition(CLOSE)
+        if tag:
+            return self._go(_Place.CONTENT, after)
+        self._text = self._text[-len(CLOSE) :]
+        return False
+
+    def _end_of_object(self) -> int | None:
+        """Where the arguments end in the text, None if further on. A text never ends behind half an escape."""
+        position = 0
+        while (match := _NOTABLE.search(self._text, position)) is not None:
+            position = match.end()
+            if match[0] == "\\":
+                position += 1
+            elif match[0] == '"':
+                self._in_string = not self._in_string
+            elif not self._in_string:
+                self._depth += 1 if match[0] == "{" else -1
+                if not self._depth:
+                    return position
+        return None
+
+    def _whole(self, gained: Gained, text: str, *, closed: bool) -> None:
+        """A call in another order of keys; or no call at all."""
+        call = _decoded(text)
+        name = call.get("name") if isinstance(call, dict) else None
+        arguments = call.get("arguments", call.get("parameters", {})) if isinstance(call, dict) else None
+        if isinstance(name, str) and isinstance(arguments, dict):
+            self._begin(gained, name)
+            gained.piece(self.count - 1).arguments = msgspec.json.encode(arguments).decode()
+        else:
+            self._show(gained, OPEN + text + (CLOSE if closed else ""))
+
+    def _begin(self, gained: Gained, name: str) -> None:
+        piece = gained.piece(self.count)
+        piece.identity, piece.name = f"call_{secrets.token_hex(12)}", name
+        self.count += 1
+
+    def _show(self, gained: Gained, text: str) -> None:
+        """Blank lines between calls are no content."""
+        if text and not (self.count and text.isspace()):
+            gained.content += text
+
+    def _go(self, place: _Place, text: str) -> bool:
+        self._place, self._text, self._searched = place, text, 0
+        return True
+
+    def _limited(self, gained: Gained) -> Gained:
+        if self._most is not None:
+            gained.calls = [piece for piece in gained.calls if piece.index < self._most]
+        return gained
+
+
+def _overlap(text: str, tag: str) -> int:
+    """Length of the longest end of `text` that begins `tag`."""
+    longest = min(len(text), len(tag) - 1)
+    return next((length for length in range(longest, 0, -1) if tag.startswith(text[-length:])), 0)
+
+
+def _decoded(text: str) -> Any:
+    """JSON, or None for what is not."""
+    try:
+        return msgspec.json.decode(text.strip())
+    except (ValueError, RecursionError):
+        return None

@@ -1,0 +1,116 @@
+"""From `response_format` and forced tool calls to the grammar that every engine follows, in llguidance's Lark dialect.
+
+What cannot be run, or would cost too much to run, is refused here, before the engines see it. A grammar is text to
+everyone else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from llguidance import LLMatcher
+
+from server.api import patterns
+from server.api.calls import CLOSE, OPEN
+from server.api.protocol import Function
+from server.errors import BadRequest
+
+Schema = dict[str, Any]
+
+MOST_DEPTH = 64
+MOST_CHARACTERS = 200_000
+_MOST_COUNTS = {
+    "minItems": 10_000,
+    "maxItems": 10_000,
+    "minProperties": 1_000,
+    "maxProperties": 1_000,
+    "minLength": 1_000_000,
+    "maxLength": 1_000_000,
+}
+_ANY_OBJECT: Schema = {"type": "object"}
+_NO_ARGUMENTS: Schema = {"type": "object", "properties": {}, "additionalProperties": False}
+# Enough to indent by, and an end to it: small models like to go on with spaces.
+_OPTIONS = {"x-guidance": {"whitespace_pattern": r"[ \n\t]{0,20}"}}
+
+
+def json_grammar(schema: Schema | None) -> str:
+    """JSON that `schema` describes (None: any object). Raises BadRequest."""
+    return _valid(f"start: {_json(schema, _ANSWER)}\n", _ANSWER)
+
+
+def call_grammar(tools: Sequence[Function], *, parallel: bool) -> str:
+    """One call of one of `tools`, or several if `parallel`, as `server.api.calls` reads them. Raises BadRequest."""
+    return _valid(f"start: calls\n{_calls(tools, parallel)}", _TOOLS)
+
+
+def call_or_json_grammar(tools: Sequence[Function], schema: Schema | None, *, parallel: bool) -> str:
+    """Either of the above. Raises BadRequest."""
+    return _valid(f"start: answer | calls\nanswer: {_json(schema, _ANSWER)}\n{_calls(tools, parallel)}", _ANSWER)
+
+
+_ANSWER, _TOOLS = "response_format", "tools"
+
+
+def _calls(tools: Sequence[Function], parallel: bool) -> str:
+    lines = [
+        'calls: call ("\\n" call)*' if parallel else "calls: call",
+        f"call: {json.dumps(OPEN)} /\\n?/ ({' | '.join(f'call_{index}' for index in range(len(tools)))})",
+    ]
+    for index, tool in enumerate(tools):
+        head, tail = f'{{"name": {json.dumps(tool.name)}, "arguments": ', "}\n" + CLOSE
+        lines.append(f"call_{index}: {json.dumps(head)} arguments_{index} {json.dumps(tail)}")
+        lines.append(f"arguments_{index}: {_json(_arguments(tool), _TOOLS)}")
+    return "\n".join(lines) + "\n"
+
+
+def _arguments(tool: Function) -> Schema:
+    """Arguments are an object, whether or not the schema says so; without a schema there are none."""
+    return _NO_ARGUMENTS if tool.parameters is None else {**tool.parameters, "type": "object"}
+
+
+def _json(schema: Schema | None, param: str) -> str:
+    """A rule's right side: JSON that `schema` describes."""
+    if schema is None:
+        schema = _ANY_OBJECT
+    if fault := _fault(schema):
+        raise BadRequest(f"{param}: the schema {fault}", param=param, code="invalid_schema")
+    return f"%json {json.dumps({**schema, **_OPTIONS})}"
+
+
+def _fault(schema: Schema) -> str | None:
+    """What would cost too much, without recursion and in time linear in the schema's size."""
+    waiting: list[tuple[Any, int]] = [(schema, 1)]
+    while waiting:
+        value, depth = waiting.pop()
+        if depth > MOST_DEPTH:
+            return f"is nested deeper than {MOST_DEPTH} levels"
+        if isinstance(value, list):
+            waiting += [(item, depth + 1) for item in value if isinstance(item, dict | list)]
+        else:
+            if fault := _fault_of(value):
+                return fault
+            waiting += [(item, depth + 1) for item in value.values() if isinstance(item, dict | list)]
+    return None
+
+
+def _fault_of(schema: Schema) -> str | None:
+    """The same of one level."""
+    for name, most in _MOST_COUNTS.items():
+        if isinstance(count := schema.get(name), int | float) and count > most:
+            return f"has {name} over {most}"
+    expressions = [schema.get("pattern"), *(schema.get("patternProperties") or ())]
+    for expression in expressions:
+        if isinstance(expression, str) and (fault := patterns.problem(expression)):
+            return f"has a pattern that {fault}: {expression[:100]!r}"
+    return None
+
+
+def _valid(grammar: str, param: str) -> str:
+    if len(grammar) > MOST_CHARACTERS:
+        raise BadRequest(f"{param}: more than {MOST_CHARACTERS} characters", param=param, code="invalid_schema")
+    if error := LLMatcher.validate_grammar(grammar):
+        words = error.partition("\n<")[0][:500]
+        raise BadRequest(f"{param}: {words}", param=param, code="invalid_schema")
+    return grammar
