@@ -11,7 +11,7 @@ from gate.contract import CheckpointError, mismatches, read_contract, sha256_fil
 from server.config import Config
 from server.errors import StartError
 from server.model_files import ModelFiles, read_model_files
-from server.supervisor import expert_cpus
+from server.placement import expert_cpus
 
 
 def check(config: Config) -> list[str]:

@@ -95,7 +95,8 @@ class Config(_Struct, frozen=True):
 
     `missing`: the log-probability of a token outside an expert's top-k: "tail" estimates it, "exact" asks the expert.
     `example_prompt` is what the curl line printed at start asks. `on_expert_loss`: running sequences "wait" for the
-    restart, go on without the expert ("degrade"), or "fail".
+    restart, go on without the expert ("degrade"), or "fail". `tool_parser`: the format in which the chat templates have
+    the models call tools; needed where a client leaves the choice to the model.
     """
 
     name: Name
@@ -106,6 +107,7 @@ class Config(_Struct, frozen=True):
     missing: Literal["tail", "exact"] = "tail"
     gate: GateConfig | None = None
     on_expert_loss: Literal["wait", "degrade", "fail"] = "wait"
+    tool_parser: Literal["hermes"] | None = None
     example_prompt: str = "Hello!"
     limits: Limits = Limits()
     http: HttpConfig = HttpConfig()

@@ -1,15 +1,24 @@
-"""Where a worker process stands: which expert, which of its tensor-parallel ranks, on which cores."""
+"""Where processes stand: which cores and GPUs each has, and who may look for messages without sleeping.
+
+A sleeping core takes up to a tenth of a millisecond to wake, and a tick of a small model wakes several. So a process
+that waits for a message in the middle of a tick first looks for it again and again for a moment ("spins"), but only on
+cores where it keeps nobody from working.
+"""
 
 from __future__ import annotations
 
+import itertools
+import os
 from dataclasses import dataclass
+
+from server.config import Config, ExpertConfig
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """`expert` is its index, `generation` counts its restarts. `rank` of `tensor_parallel_size`; `port` on 127.0.0.1 is
-    where the ranks meet (0 with one rank). `cpus`: the cores of this process, None for wherever; `gpus`: indices of
-    the expert's GPUs."""
+    """A worker process. `expert` is its index, `generation` counts its restarts. `rank` of `tensor_parallel_size`;
+    `port` on 127.0.0.1 is where the ranks meet (0 with one rank). `cpus`: the cores of this process, None for wherever;
+    `gpus`: indices of the expert's GPUs; `spins`: it may spin."""
 
     expert: int
     generation: int
@@ -17,6 +26,7 @@ class Placement:
     port: int
     cpus: list[int] | None
     gpus: list[int]
+    spins: bool
 
     def socket(self, rank: int = 0) -> str:
         """Name of the socket on which rank 0 hears the coordinator, or another rank hears rank 0."""
@@ -26,3 +36,51 @@ class Placement:
 def expert_socket(expert: int, generation: int) -> str:
     """Name of the socket between the coordinator and worker process `generation` of an expert."""
     return f"expert-{expert}-{generation}"
+
+
+def expert_cpus(config: Config) -> list[list[int] | None]:
+    """The cores of each expert: as configured, else the CPU experts take this process's cores in turn."""
+    available = sorted(os.sched_getaffinity(0))
+    on_cpu = [index for index, expert in enumerate(config.experts) if expert.device == "cpu"]
+    share: dict[int, list[int]] = {}
+    for turn, index in enumerate(on_cpu):
+        own = available[turn :: len(on_cpu)] if len(on_cpu) <= len(available) else []
+        share[index] = own or [available[turn % len(available)]]
+    return [expert.cpus or share.get(index) for index, expert in enumerate(config.experts)]
+
+
+def expert_gpus(config: Config) -> list[list[int]]:
+    """The GPUs of each expert: as configured, else as many as it has ranks, the next that no other expert names."""
+    named = {gpu for expert in config.experts for gpu in expert.gpus or ()}
+    free = (gpu for gpu in itertools.count() if gpu not in named)
+    chosen = []
+    for expert in config.experts:
+        default = [next(free) for _ in range(expert.tensor_parallel_size)] if _needs_gpus(expert) else []
+        chosen.append(default if expert.gpus is None else expert.gpus)
+    return chosen
+
+
+def coordinator_cpus(config: Config) -> list[int] | None:
+    """The coordinator's cores: those that no CPU expert has, else the first such expert's. None, for wherever, without
+    CPU experts."""
+    taken = [cpus for cpus in expert_cpus(config) if cpus is not None]
+    if not taken:
+        return None
+    return sorted(os.sched_getaffinity(0).difference(*taken)) or taken[0]
+
+
+def neighbours(config: Config) -> set[int]:
+    """The experts that share a core with the coordinator."""
+    own = set(coordinator_cpus(config) or ())
+    return {index for index, cpus in enumerate(expert_cpus(config)) if own.intersection(cpus or ())}
+
+
+def may_spin(config: Config, expert: int) -> bool:
+    """Whether an expert's worker may spin: its cores are nobody else's."""
+    cores = expert_cpus(config)
+    others = set().union(*(cpus or () for index, cpus in enumerate(cores) if index != expert))
+    return expert not in neighbours(config) and not others.intersection(cores[expert] or ())
+
+
+def _needs_gpus(expert: ExpertConfig) -> bool:
+    return expert.device == "cuda" and expert.gpus is None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import itertools
 import logging
 import multiprocessing
 import multiprocessing.util
@@ -27,7 +26,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NoReturn
 
-from server.config import Config, ExpertConfig
+from server.config import Config
 from server.errors import PolylogitError, StartError
 from server.messages import (
     CoordinatorReady,
@@ -40,7 +39,7 @@ from server.messages import (
     Stop,
     ToSupervisor,
 )
-from server.placement import Placement
+from server.placement import Placement, coordinator_cpus, expert_cpus, expert_gpus, may_spin
 from server.transport import Channel, endpoint, terminate
 
 log = logging.getLogger("polylogit")
@@ -233,36 +232,10 @@ def start_expert(config: Config, expert: int, generation: int, directory: Path) 
     children = []
     for rank in range(size):
         own = cores[rank::size] or cores if cores else None
-        place = Placement(expert, generation, rank, port, own, expert_gpus(config)[expert])
+        place = Placement(expert, generation, rank, port, own, expert_gpus(config)[expert], may_spin(config, expert))
         name = f"expert {chosen.name}" + (f" rank {rank}" if size > 1 else "")
         children.append(replace(spawn(name, run_expert, config, place, directory), rank_port=port))
     return children
-
-
-def expert_cpus(config: Config) -> list[list[int] | None]:
-    """The cores of each expert: as configured, else the CPU experts take this process's cores in turn."""
-    available = sorted(os.sched_getaffinity(0))
-    on_cpu = [index for index, expert in enumerate(config.experts) if expert.device == "cpu"]
-    share: dict[int, list[int]] = {}
-    for turn, index in enumerate(on_cpu):
-        own = available[turn :: len(on_cpu)] if len(on_cpu) <= len(available) else []
-        share[index] = own or [available[turn % len(available)]]
-    return [expert.cpus or share.get(index) for index, expert in enumerate(config.experts)]
-
-
-def expert_gpus(config: Config) -> list[list[int]]:
-    """The GPUs of each expert: as configured, else as many as it has ranks, the next that no other expert names."""
-    named = {gpu for expert in config.experts for gpu in expert.gpus or ()}
-    free = (gpu for gpu in itertools.count() if gpu not in named)
-    chosen = []
-    for expert in config.experts:
-        default = [next(free) for _ in range(expert.tensor_parallel_size)] if _needs_gpus(expert) else []
-        chosen.append(default if expert.gpus is None else expert.gpus)
-    return chosen
-
-
-def _needs_gpus(expert: ExpertConfig) -> bool:
-    return expert.device == "cuda" and expert.gpus is None
 
 
 def _child(pipe: Connection, parent: int, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
@@ -295,6 +268,8 @@ def _leave(code: int) -> NoReturn:
 
 
 def run_coordinator(config: Config, directory: Path) -> None:
+    if cpus := coordinator_cpus(config):
+        os.sched_setaffinity(0, cpus)
     from server.coordinator.process import run
 
     run(config, directory)

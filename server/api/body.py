@@ -21,7 +21,7 @@ _READ_SECONDS = 60.0
 _MOST_FAULTS = 10
 _ECHO = 200
 
-# Fields that OpenAI or vLLM know and this server does not: the values that ask for nothing.
+# Fields that OpenAI or vLLM know and a model here does not: the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),
     "audio": (),
@@ -99,7 +99,7 @@ def parse(model: type[Model], body: Mapping[str, Any]) -> Model:
     """`body` as a `model`. Raises BadRequest."""
     present = {name: value for name, value in body.items() if value is not None}
     for name, value in present.items():
-        if name in _NEUTRAL and value not in _NEUTRAL[name]:
+        if name in _NEUTRAL and name not in model.model_fields and value not in _NEUTRAL[name]:
             raise BadRequest(f"{name} is not supported", param=name, code="unsupported_parameter")
     try:
         return model.model_validate(present)

@@ -1,4 +1,6 @@
-"""Tool calls in a growing text, in the format of Hermes and Qwen: <tool_call>{"name": ..., "arguments": {...}}</tool_call>.
+"""Tool calls in a growing text, in the format of Hermes and Qwen:
+
+    <tool_call>{"name": ..., "arguments": {...}}</tool_call>
 
 Text in, content and pieces of calls out; each character is read once. Knows no tokens, requests or HTTP.
 """
@@ -46,6 +48,10 @@ class Gained:
     content: str = ""
     calls: list[CallPiece] = field(default_factory=list)
 
+    def joined(self, later: Gained) -> Gained:
+        """Both; `later` is what a flush gave, which grows no call that had begun."""
+        return Gained(self.content + later.content, self.calls + later.calls)
+
     def piece(self, index: int) -> CallPiece:
         if not self.calls or self.calls[-1].index != index:
             self.calls.append(CallPiece(index))
@@ -73,6 +79,7 @@ class CallStream:
         self._searched = 0  # characters of it that cannot begin CLOSE
         self._depth = 0
         self._in_string = False
+        self._escaped = False
 
     def push(self, text: str) -> Gained:
         """What `text` adds."""
@@ -115,10 +122,10 @@ class CallStream:
         return False
 
     def _read_head(self, gained: Gained) -> bool:
-        match = _HEAD.match(self._text) if len(self._text) < _MOST_HEAD or not self._searched else None
+        match = _HEAD.match(self._text) if self._searched < _MOST_HEAD else None
         if match is not None and (name := _decoded(match[1])) is not None:
             self._begin(gained, name)
-            self._depth, self._in_string = 0, False
+            self._depth, self._in_string, self._escaped = 0, False, False
             return self._go(_Place.ARGUMENTS, self._text[match.end() :])
         end = self._text.find(CLOSE, self._searched)
         if end < 0:
@@ -146,11 +153,13 @@ class CallStream:
         return False
 
     def _end_of_object(self) -> int | None:
-        """Where the arguments end in the text, None if further on. A text never ends behind half an escape."""
-        position = 0
+        """Where the arguments end in the text, None if further on."""
+        position = int(self._escaped and bool(self._text))
+        self._escaped = self._escaped and not self._text
         while (match := _NOTABLE.search(self._text, position)) is not None:
             position = match.end()
             if match[0] == "\\":
+                self._escaped = position == len(self._text)
                 position += 1
             elif match[0] == '"':
                 self._in_string = not self._in_string

@@ -6,19 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from server.api.answers import Answer, Piece
+from server.api.calls import CallStream, Gained
+from server.api.grammar import chat_grammar
 from server.api.prompts import Chat, chat_prompts, room
 from server.api.protocol import ChatRequest
 from server.api.reply import Job
 from server.api.sequences import Prompt
 from server.api.services import Services
 from server.api.shapes import Common, Usage, encode, finite
+from server.errors import BadRequest
 from server.messages import Choice
 
 
 async def chat_job(services: Services, request: ChatRequest, request_id: str) -> Job:
     """Everything that can be refused is refused here, before a byte of the answer."""
     ensemble = services.deployment.ensemble(request.model, request.fusion)
-    factory = services.sequences(ensemble, request)
+    _check_parser(services, request)
+    factory = services.sequences(ensemble, request, await chat_grammar(request))
     prompts = await chat_prompts(ensemble, Chat(request))
     prompt = Prompt(prompts, room(ensemble, prompts, "messages"))
     shape = ChatShape(
@@ -31,9 +35,21 @@ async def chat_job(services: Services, request: ChatRequest, request_id: str) ->
     return services.job(request, ensemble, factory, [prompt], shape)
 
 
+def _check_parser(services: Services, request: ChatRequest) -> None:
+    """Calls that a grammar does not write must be found by a parser."""
+    if request.callable_tools and not request.forces_call and services.deployment.config.tool_parser is None:
+        message = 'tools with tool_choice "auto" need tool_parser in the configuration of this deployment'
+        raise BadRequest(message, param="tools", code="unsupported_parameter")
+
+
 class ChatShape(Common):
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
+
+    def __init__(self, request: ChatRequest, *arguments: Any, **named: Any) -> None:
+        super().__init__(request, *arguments, **named)
+        most = request.most_calls
+        self._calls = [CallStream(most) for _ in range(request.n)] if request.callable_tools else []
 
     def opening(self, answers: Sequence[Answer]) -> bytes:
         return b"".join(map(self._role, answers))
@@ -48,13 +64,19 @@ class ChatShape(Common):
 
     def chunk(self, answer: Answer) -> bytes:
         piece = answer.take()
+        delta = b'{"content":%b}' % encode(piece.text)
+        if self._calls:
+            gained = self._gained(answer, piece)
+            if not (gained.content or gained.calls or answer.finish_reason or self.shows_tokens):
+                return b""
+            delta = encode(_delta(gained))
         logprobs = b"null" if self.request.alternatives is None else encode(self._logprobs(piece))
-        text = b'{"index":%d,"delta":{"content":%b},"logprobs":%b' % (
-            answer.index,
-            encode(piece.text),
-            logprobs,
-        )
+        text = b'{"index":%d,"delta":%b,"logprobs":%b' % (answer.index, delta, logprobs)
         return self.head + text + self.end_of_choice(answer, piece)
+
+    def finish_reason(self, answer: Answer) -> str | None:
+        called = self._calls and self._calls[answer.index].count
+        return "tool_calls" if called and answer.finish_reason == "stop" else answer.finish_reason
 
     def response(self, answers: Sequence[Answer], usage: Usage) -> bytes:
         more = {"prompt_token_ids": answers[0].prompt} if self.request.return_token_ids else {}
@@ -64,12 +86,26 @@ class ChatShape(Common):
         piece = answer.take()
         return {
             "index": answer.index,
-            "message": {"role": "assistant", "content": piece.text, "refusal": None},
+            "message": {"role": "assistant", **self._message(answer, piece), "refusal": None},
             "logprobs": None if self.request.alternatives is None else self._logprobs(piece),
-            "finish_reason": answer.finish_reason,
+            "finish_reason": self.finish_reason(answer),
             "stop_reason": answer.stop_reason,
             **self.extras(answer, piece),
         }
+
+    def _message(self, answer: Answer, piece: Piece) -> dict[str, Any]:
+        """A whole answer's content and calls."""
+        if not self._calls:
+            return {"content": piece.text}
+        gained = self._gained(answer, piece)
+        calls = [{key: value for key, value in call.shown().items() if key != "index"} for call in gained.calls]
+        return {"content": gained.content or None, "tool_calls": calls} if calls else {"content": gained.content}
+
+    def _gained(self, answer: Answer, piece: Piece) -> Gained:
+        """What an answer's calls and content gained with `piece`."""
+        stream = self._calls[answer.index]
+        gained = stream.push(piece.text)
+        return gained.joined(stream.flush()) if answer.finish_reason is not None else gained
 
     def _logprobs(self, piece: Piece) -> dict[str, Any]:
         return {
@@ -86,3 +122,10 @@ class ChatShape(Common):
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         shown = self.tokenizer.shown(token)
         return {"token": shown.text, "logprob": finite(logprob), "bytes": list(shown.bytes)}
+
+
+def _delta(gained: Gained) -> dict[str, Any]:
+    delta: dict[str, Any] = {"content": gained.content} if gained.content else {}
+    if gained.calls:
+        delta["tool_calls"] = [call.shown() for call in gained.calls]
+    return delta

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from server.errors import GenerationFailed, Overloaded, RequestError
+from server.errors import BadRequest, GenerationFailed, Overloaded, RequestError
 from server.messages import (
     Abort,
     Choice,
@@ -239,6 +239,8 @@ class EngineClient:
 
 
 def _failure(ended: Ended) -> RequestError:
+    if ended.code == "invalid_grammar":
+        return BadRequest(ended.message, code=ended.code)
     if ended.code == "overloaded":
         return Overloaded(ended.message or "the queue is full")
     return GenerationFailed(ended.message or "the answer could not be finished", code=ended.code or None)

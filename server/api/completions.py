@@ -8,6 +8,7 @@ from typing import Any
 
 from server.api.answers import Answer, Piece
 from server.api.deployment import Ensemble
+from server.api.grammar import completion_grammar
 from server.api.prompts import id_prompts, room, text_prompts
 from server.api.protocol import CompletionRequest
 from server.api.reply import Job
@@ -23,8 +24,8 @@ _MOST_PROMPTS = 1024
 async def completion_job(services: Services, request: CompletionRequest, request_id: str) -> Job:
     """Everything that can be refused is refused here, before a byte of the answer."""
     ensemble = services.deployment.ensemble(request.model, request.fusion)
-    factory = services.sequences(ensemble, request)
     _check_number(request, services.deployment.config.limits)
+    factory = services.sequences(ensemble, request, await completion_grammar(request))
     prompts = await _prompts(ensemble, request)
     shape = CompletionShape(
         request,

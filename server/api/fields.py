@@ -22,6 +22,7 @@ TEMPLATE_ARGUMENTS = (
 )
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
+FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 TokenId = Annotated[int, Field(ge=0, le=INT64_MAX)]
 
 

@@ -6,6 +6,7 @@ everyone else.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from llguidance import LLMatcher
 
 from server.api import patterns
 from server.api.calls import CLOSE, OPEN
-from server.api.protocol import Function
+from server.api.protocol import ChatRequest, CompletionRequest, Function
 from server.errors import BadRequest
 
 Schema = dict[str, Any]
@@ -33,6 +34,25 @@ _ANY_OBJECT: Schema = {"type": "object"}
 _NO_ARGUMENTS: Schema = {"type": "object", "properties": {}, "additionalProperties": False}
 # Enough to indent by, and an end to it: small models like to go on with spaces.
 _OPTIONS = {"x-guidance": {"whitespace_pattern": r"[ \n\t]{0,20}"}}
+
+
+async def completion_grammar(request: CompletionRequest) -> str | None:
+    """What `request` must be answered with, None for anything. Raises BadRequest."""
+    if not request.response_format.constrains:
+        return None
+    return await asyncio.to_thread(json_grammar, request.response_format.definition)
+
+
+async def chat_grammar(request: ChatRequest) -> str | None:
+    """What `request` must be answered with, None for anything. Raises BadRequest."""
+    tools, wanted, parallel = request.callable_tools, request.response_format, request.most_calls is None
+    if request.forces_call:
+        return await asyncio.to_thread(call_grammar, tools, parallel=parallel)
+    if not wanted.constrains:
+        return None
+    if tools:
+        return await asyncio.to_thread(call_or_json_grammar, tools, wanted.definition, parallel=parallel)
+    return await asyncio.to_thread(json_grammar, wanted.definition)
 
 
 def json_grammar(schema: Schema | None) -> str:
@@ -56,10 +76,10 @@ _ANSWER, _TOOLS = "response_format", "tools"
 def _calls(tools: Sequence[Function], parallel: bool) -> str:
     lines = [
         'calls: call ("\\n" call)*' if parallel else "calls: call",
-        f"call: {json.dumps(OPEN)} /\\n?/ ({' | '.join(f'call_{index}' for index in range(len(tools)))})",
+        f"call: {' | '.join(f'call_{index}' for index in range(len(tools)))}",
     ]
     for index, tool in enumerate(tools):
-        head, tail = f'{{"name": {json.dumps(tool.name)}, "arguments": ', "}\n" + CLOSE
+        head, tail = f'{OPEN}\n{{"name": {json.dumps(tool.name)}, "arguments": ', f"}}\n{CLOSE}"
         lines.append(f"call_{index}: {json.dumps(head)} arguments_{index} {json.dumps(tail)}")
         lines.append(f"arguments_{index}: {_json(_arguments(tool), _TOOLS)}")
     return "\n".join(lines) + "\n"

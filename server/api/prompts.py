@@ -22,13 +22,14 @@ class Chat:
     def __init__(self, request: Conversation) -> None:
         self.messages = [_conversation(message) for message in request.messages]
         self._request = request
+        self._tools = [tool.model_dump(exclude_unset=True) for tool in request.tools]
         self._generation_prompt = request.add_generation_prompt
         if self._generation_prompt is None:
             self._generation_prompt = not request.continue_final_message
 
     @property
     def characters(self) -> int:
-        return sum(len(message["content"]) for message in self.messages)
+        return sum(len(message["content"]) for message in self.messages) + len(str(self._tools))
 
     def ids(self, expert: ExpertText) -> list[int]:
         """The prompt for `expert`. Raises BadRequest."""
@@ -41,7 +42,7 @@ class Chat:
         rendered = expert.template.render(
             messages,
             add_generation_prompt=self._generation_prompt,
-            tools=None,
+            tools=marks.hide(self._tools) or None,
             documents=None,
             **marks.hide(self._request.chat_template_kwargs),
         )

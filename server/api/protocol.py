@@ -8,7 +8,7 @@ where they are used.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -17,6 +17,7 @@ from server.api.fields import (
     INT64_MIN,
     MOST_MESSAGES,
     Content,
+    FunctionName,
     LogitBias,
     Prompts,
     Role,
@@ -78,6 +79,58 @@ class Fusion(Body):
         return self
 
 
+class JsonSchema(Body):
+    """`strict` or not, the answer matches the schema."""
+
+    name: str = Field(min_length=1, max_length=256)
+    description: str | None = None
+    definition: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to type json_schema, and to no other")
+        return self
+
+    @property
+    def constrains(self) -> bool:
+        return self.type != "text"
+
+    @property
+    def definition(self) -> dict[str, Any] | None:
+        """The schema; None for any object."""
+        return None if self.json_schema is None else self.json_schema.definition
+
+
+class Function(Body):
+    """`strict` has no effect of its own: where a call is forced, its arguments match `parameters` anyway."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Body):
+    name: FunctionName
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class GenerationRequest(Body):
     """What chat and text completions share."""
 
@@ -101,6 +154,7 @@ class GenerationRequest(Body):
     min_tokens: int = Field(0, ge=0, le=INT64_MAX)
     skip_special_tokens: bool = True
     return_token_ids: bool = False
+    response_format: ResponseFormat = ResponseFormat(type="text")
     priority: int = Field(0, ge=INT64_MIN, le=INT64_MAX)
     fusion: Fusion | None = None
     expert_weights: bool = False
@@ -109,6 +163,12 @@ class GenerationRequest(Body):
     def _options_need_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only allowed with stream: true")
+        return self
+
+    @model_validator(mode="after")
+    def _grammar_ends(self) -> Self:
+        if self.response_format.constrains and self.ignore_eos:
+            raise ValueError("ignore_eos and response_format exclude each other")
         return self
 
     @property
@@ -126,13 +186,16 @@ class Conversation(Body):
     """What the chat template is given."""
 
     messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
+    tools: list[Tool] = Field([], max_length=128, fail_fast=True)
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     add_special_tokens: bool = False
     chat_template_kwargs: TemplateArguments = {}
 
     @model_validator(mode="after")
-    def _ends_once(self) -> Self:
+    def _is_whole(self) -> Self:
+        if "tools" in self.model_fields_set and not self.tools:
+            raise ValueError("tools must not be empty")
         if self.continue_final_message and self.add_generation_prompt:
             raise ValueError("continue_final_message and add_generation_prompt exclude each other")
         if self.continue_final_message and self.messages[-1].role != "assistant":
@@ -141,10 +204,38 @@ class Conversation(Body):
 
 
 class ChatRequest(GenerationRequest, Conversation):
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool = True
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
     max_tokens: int | None = Field(None, ge=1, le=INT64_MAX)
     max_completion_tokens: int | None = Field(None, ge=1, le=INT64_MAX)
+
+    @model_validator(mode="after")
+    def _choice_needs_tools(self) -> Self:
+        if self.tool_choice not in (None, "none") and not self.tools:
+            raise ValueError("tool_choice needs tools")
+        if isinstance(self.tool_choice, NamedTool) and not self.callable_tools:
+            raise ValueError(f"tool_choice names no tool: {self.tool_choice.function.name!r}")
+        if self.forces_call and self.ignore_eos:
+            raise ValueError("ignore_eos and a forced tool_choice exclude each other")
+        return self
+
+    @property
+    def callable_tools(self) -> list[Function]:
+        """What the answer may call."""
+        functions = [tool.function for tool in self.tools]
+        if isinstance(self.tool_choice, NamedTool):
+            return [function for function in functions if function.name == self.tool_choice.function.name]
+        return [] if self.tool_choice == "none" else functions
+
+    @property
+    def forces_call(self) -> bool:
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
+    @property
+    def most_calls(self) -> int | None:
+        return None if self.parallel_tool_calls and not isinstance(self.tool_choice, NamedTool) else 1
 
     @model_validator(mode="after")
     def _alternatives_need_logprobs(self) -> Self:

@@ -22,21 +22,29 @@ class Prompt:
 
 class SequenceFactory:
     """Makes the sequences of one request: n for each prompt, prompt by prompt. `number` gives unused
-    numbers."""
+    numbers; `grammar` is what each answer must match."""
 
     def __init__(
-        self, deployment: Deployment, ensemble: Ensemble, request: GenerationRequest, number: Callable[[], int]
+        self,
+        deployment: Deployment,
+        ensemble: Ensemble,
+        request: GenerationRequest,
+        number: Callable[[], int],
+        grammar: str | None,
     ) -> None:
         _check_ids(request, ensemble)
         self._choir = ensemble
         self._request = request
         self._number = number
+        self._grammar = grammar
         self._experts = len(deployment.experts)
         self._temperatures = deployment.temperatures(request.fusion)
         self._seed = secrets.randbits(64) if request.seed is None else request.seed
         self.stop_token_ids = frozenset(request.stop_token_ids)
         if not request.ignore_eos:
             self.stop_token_ids |= ensemble.eos_token_ids
+        if grammar is not None:  # may end with any expert's end token
+            self.stop_token_ids |= frozenset().union(*(expert.eos_token_ids for expert in deployment.experts))
 
     def make(self, prompts: Iterable[Prompt]) -> list[SequenceRequest]:
         return [self._sequence(prompt, choice) for prompt in prompts for choice in range(self._request.n)]
@@ -54,6 +62,7 @@ class SequenceFactory:
             temperatures=self._temperatures,
             top_logprobs=request.alternatives,
             expert_weights=request.expert_weights,
+            grammar=self._grammar,
             priority=request.priority,
         )
 

@@ -21,9 +21,9 @@ class Services:
     client: EngineClient
     metrics: ApiMetrics
 
-    def sequences(self, ensemble: Ensemble, request: GenerationRequest) -> SequenceFactory:
+    def sequences(self, ensemble: Ensemble, request: GenerationRequest, grammar: str | None) -> SequenceFactory:
         """Raises BadRequest for what only the vocabulary shows to be wrong."""
-        return SequenceFactory(self.deployment, ensemble, request, self.client.number)
+        return SequenceFactory(self.deployment, ensemble, request, self.client.number, grammar)
 
     def job(
         self,

@@ -94,11 +94,15 @@ class Common:
         if answer.finish_reason is None:
             end = b',"finish_reason":null' + end + b"}]"
         else:
-            finish = b',"finish_reason":' + encode(answer.finish_reason)
+            finish = b',"finish_reason":' + encode(self.finish_reason(answer))
             end = finish + b',"stop_reason":' + encode(answer.stop_reason) + end + b"}]"
         if self.usage_always:
             end += b',"usage":' + Usage(len(answer.prompt), answer.count).encoded()
         return end + b"}\n\n"
+
+    def finish_reason(self, answer: Answer) -> str | None:
+        """Why the answer ended, as this endpoint says it; None while it goes on."""
+        return answer.finish_reason
 
     def extras(self, answer: Answer, piece: Piece) -> dict[str, Any]:
         """The fields of a choice that only some requests ask for."""

@@ -40,6 +40,7 @@ from server.messages import (
     ToApi,
     ToSupervisor,
 )
+from server.placement import neighbours
 from server.transport import Channel, Selector, endpoint
 
 API_SOCKET = "api"
@@ -68,7 +69,7 @@ class CoordinatorProcess:
             endpoint(directory, CONTROL_SOCKET), FromSupervisor, bind=True
         )
         self._selector.register(self._control, self._on_control)
-        self._experts = Experts(config.expert_names, self._selector, self._on_expert)
+        self._experts = Experts(config.expert_names, self._selector, neighbours(config), self._on_expert)
         self._counters = Counters(len(config.experts))
         self._coordinator: Coordinator | None = None
         self._status: Status | None = None

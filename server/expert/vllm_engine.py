@@ -1,5 +1,5 @@
-"""The vLLM adapter: one `EngineCore` in this process, stepped by hand. With `rendezvous` and
-`grammar`, all that the project knows of vLLM.
+"""The vLLM adapter: one `EngineCore` in this process, stepped by hand. With `rendezvous`
+and `grammar`, all that the project knows of vLLM.
 
 Tested with vLLM 0.32.0 and refuses any other version: it reaches for the scheduler and the model runner of the same
 process, which vLLM does not promise to keep.

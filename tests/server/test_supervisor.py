@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import stat
@@ -18,7 +19,8 @@ import pytest
 from server.config import Config, parse_config
 from server.errors import StartError
 from server.messages import ExpertDown
-from server.supervisor import Supervisor, _private_directory, end, expert_cpus, expert_gpus, spawn
+from server.placement import expert_cpus, expert_gpus
+from server.supervisor import Supervisor, _private_directory, end, spawn
 from tests.server import children
 
 SECONDS = 20.0
@@ -155,8 +157,9 @@ def heard(directory: Path) -> list[str]:
 
 
 def everything_ended(directory: Path) -> bool:
+    """No expert that wrote its number runs any more, nor any other child of this process."""
     pids = [int(path.read_text()) for path in directory.glob("*.pid")]
-    return bool(pids) and not any(alive(pid) for pid in pids)
+    return not multiprocessing.active_children() and not any(alive(pid) for pid in pids)
 
 
 @pytest.mark.usefixtures("_children")

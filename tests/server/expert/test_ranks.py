@@ -12,7 +12,7 @@ SAID = [Tick(1, b"", [], [], []), Gather(b"\x00" * 4, b"\x01" * 4), Tick(2, b"\x
 
 
 def place(rank: int) -> Placement:
-    return Placement(expert=2, generation=3, rank=rank, port=0, cpus=None, gpus=[])
+    return Placement(expert=2, generation=3, rank=rank, port=0, cpus=None, gpus=[], spins=False)
 
 
 def test_every_rank_hears_everything_in_order_and_only_the_first_answers(tmp_path):
