@@ -191,8 +191,12 @@ class Tick(Message, frozen=True, tag="Tick"):
 
 
 class Gather(Message, frozen=True, tag="Gather"):
-    """Ask for exact log-probabilities of `ids` (int32[B, U], -1 for none) of the last rows of `slots` (int32[B])."""
+    """Ask for exact log-probabilities of `ids` (int32[B, U], -1 for none) of the last rows of `slots` (int32[B]).
 
+    `number` comes back in the answer, so that a late one is not taken for another's.
+    """
+
+    number: int
     slots: bytes
     ids: bytes
 
@@ -248,6 +252,7 @@ class Report(Message, frozen=True, tag="Report"):
 class Gathered(Message, frozen=True, tag="Gathered"):
     """Answer to `Gather`: float32[B, U], -inf for id -1."""
 
+    number: int
     logprobs: bytes
 
 

@@ -25,6 +25,8 @@ Outgoing = TypeVar("Outgoing", bound=Message)
 
 _LINGER_MS = 500
 _SPIN_SECONDS = 0.002
+_FLUSH_SECONDS = 0.1
+"""How often a process that waits for a message tries again to send what its peer was not there for."""
 
 
 def endpoint(directory: Path, name: str) -> str:
@@ -68,11 +70,22 @@ class Channel(Generic[Incoming, Outgoing]):
 
     def receive(self, timeout: float | None) -> Incoming | None:
         """The next message, or None after `timeout` seconds (None: wait for ever, 0: do not wait)."""
+        self.flush()
         if self._spins and spin(self.waiting):
             return self.take()
-        if timeout is not None and not self._socket.poll(round(timeout * 1000)):
-            return None
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self._socket.poll(self._patience(deadline)):
+            if deadline is not None and time.monotonic() >= deadline:
+                return None
+            self.flush()
         return self.take()
+
+    def _patience(self, deadline: float | None) -> int | None:
+        """Milliseconds to sleep at most: until `deadline`, but not for long while something is unsent."""
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if self._unsent:
+            left = _FLUSH_SECONDS if left is None else min(left, _FLUSH_SECONDS)
+        return None if left is None else round(1000 * left)
 
     def waiting(self) -> bool:
         """Whether a message has arrived."""

@@ -32,8 +32,8 @@ _MOST_COUNTS = {
 }
 _ANY_OBJECT: Schema = {"type": "object"}
 _NO_ARGUMENTS: Schema = {"type": "object", "properties": {}, "additionalProperties": False}
-# Enough to indent by, and an end to it: small models like to go on with spaces.
-_OPTIONS = {"x-guidance": {"whitespace_pattern": r"[ \n\t]{0,20}"}}
+# On one line, at most one space after a separator: small models like to go on with white space for ever.
+_OPTIONS = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}}
 
 
 async def completion_grammar(request: CompletionRequest) -> str | None:

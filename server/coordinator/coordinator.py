@@ -28,6 +28,8 @@ from server.messages import Add, Choice, Ended, Progress, Refused, Report, Score
 from server.request import FinishReason, SequenceRequest
 
 _GOES_ON, _STOPPED, _TOO_LONG, _BROKEN = range(4)
+_WORST = np.float32(1e30)
+"""Cross-entropy of a prompt for which an expert gave no usable number."""
 _NO_SLOTS = np.zeros(0, np.int32)
 _NONE = np.zeros(0, np.int64)
 
@@ -289,7 +291,8 @@ class Coordinator:
         """An expert's log-probabilities of a prompt have come."""
         if (slot := self._table.slot_of.get(scored.sequence)) is not None:
             logprobs = np.frombuffer(scored.logprobs, np.float32)
-            self._table.cross_entropy[slot, link.index] = -logprobs.mean() if logprobs.size else 0.0
+            entropy = -logprobs.mean() if logprobs.size else 0.0
+            self._table.cross_entropy[slot, link.index] = entropy if np.isfinite(entropy) else _WORST
             self._table.scored[slot, link.index] = True
 
     def refuse(self, refused: Refused) -> None:

@@ -122,6 +122,7 @@ class Experts:
         self.links = [ExpertLink(index, name) for index, name in enumerate(names)]
         self._selector = selector
         self._neighbours = neighbours
+        self._gathers = 0
         self._on_message = on_message
 
     def open(self, expert: int, directory: Path, generation: int) -> None:
@@ -163,11 +164,15 @@ class Experts:
 
         All engines are at their rendezvous or idle, so each answers at once. Experts that do not are left out.
         """
+        self._gathers += 1
         for expert, (slots, ids) in wanted.items():
-            self.links[expert].send(Gather(slots.tobytes(), ids.tobytes()))
+            self.links[expert].send(Gather(self._gathers, slots.tobytes(), ids.tobytes()))
         found = {}
         for expert, (_, ids) in wanted.items():
-            if (answer := self._await(expert, Gathered, time_limit)) is not None:
+            answer = self._await(expert, Gathered, time_limit)
+            while answer is not None and answer.number != self._gathers:
+                answer = self._await(expert, Gathered, time_limit)
+            if answer is not None:
                 found[expert] = np.frombuffer(answer.logprobs, np.float32).reshape(ids.shape)
         return found
 

@@ -61,7 +61,9 @@ class Gate:
             return _nothing(ids.shape[:2], state)
         if given.shape != ids.shape[:2] or following.shape != state.shape:
             return _nothing(ids.shape[:2], state)
-        failed = ~(np.isfinite(given).all(axis=1) & np.isfinite(following).all(axis=1))
+        failed = ~(np.isfinite(given).all(axis=1) & np.isfinite(following).all(axis=1) & (given != 0).any(axis=1))
+        if self.space == "prob":
+            failed |= (given < 0).any(axis=1)
         if not failed.any():
             return GateOutput(given, following, failed)
         fallback = _nothing(ids.shape[:2], state)

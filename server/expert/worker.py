@@ -149,7 +149,7 @@ class Worker:
         for index, slot in enumerate(slots.tolist()):
             if slot not in row_of and slot in self._retained:
                 answer[index] = _gathered(self._retained[slot], ids[index : index + 1])[0]
-        self._channel.send(Gathered(answer.tobytes()))
+        self._channel.send(Gathered(gather.number, answer.tobytes()))
 
     def _report(self, rows: Rows, figures: Statistics, asked: _Asked) -> Report:
         ids, logprobs = figures.top_k(self._top_k)

@@ -79,8 +79,13 @@ def order_format() -> Any:
 @pytest.mark.parametrize("model", ["demo", "demo:text"])
 def test_a_schema_holds_for_every_choice(served: Served, model: str, temperature: float) -> None:
     answer = served.openai.chat.completions.create(
-        model=model, messages=ASKED, response_format=order_format(), n=3, temperature=temperature, seed=5,
-        max_tokens=400
+        model=model,
+        messages=ASKED,
+        response_format=order_format(),
+        n=3,
+        temperature=temperature,
+        seed=5,
+        max_tokens=400,
     )
     assert len(answer.choices) == 3
     for choice in answer.choices:

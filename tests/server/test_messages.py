@@ -78,7 +78,7 @@ SAMPLES = {
     ],
     messages.ToExpert: [
         Tick(3, b"\x01\x00\x00\x00", [1], [2, 3], [Add(1, 2**40, [5, 6], -(2**50), [7], 0.5, True)]),
-        Gather(b"\x00" * 8, b"\xff" * 16),
+        Gather(7, b"\x00" * 8, b"\xff" * 16),
         Bare(1, 2, 3),
         Stop(),
     ],
@@ -86,7 +86,7 @@ SAMPLES = {
         Ready(4096, 16, 2048, 264, 128, "0.32.0"),
         Report(1, b"\x00" * 4, b"\x01" * 4, b"\x02" * 8, b"\x03" * 8, b"", b"\x04" * 4, 0.01, LOAD, {2**40: 16}),
         LOAD,
-        Gathered(b"\x00\x00\x80\xff"),
+        Gathered(7, b"\x00\x00\x80\xff"),
         Scored(2**40, b"\x00" * 8),
         Refused(2**40, "not a grammar"),
         BareDone([0.1, 0.2]),

@@ -8,7 +8,12 @@ from server.placement import Placement
 from server.transport import Channel, endpoint
 
 SECONDS = 10.0
-SAID = [Tick(1, b"", [], [], []), Gather(b"\x00" * 4, b"\x01" * 4), Tick(2, b"\x07\x00\x00\x00", [1], [2], []), Stop()]
+SAID = [
+    Tick(1, b"", [], [], []),
+    Gather(1, b"\x00" * 4, b"\x01" * 4),
+    Tick(2, b"\x07\x00\x00\x00", [1], [2], []),
+    Stop(),
+]
 
 
 def place(rank: int) -> Placement:

@@ -80,7 +80,7 @@ def whole(tokens: list[int], temperature: float = 1.0) -> np.ndarray:
 
 
 def gather(slots: list[int], ids: list[list[int]]) -> Gather:
-    return Gather(np.array(slots, np.int32).tobytes(), np.array(ids, np.int32).tobytes())
+    return Gather(1, np.array(slots, np.int32).tobytes(), np.array(ids, np.int32).tobytes())
 
 
 def test_a_conversation_from_ready_to_stop():
