@@ -160,8 +160,9 @@ class Add(Message, frozen=True, tag="Add"):
     `slot` names the sequence on this socket while it is there, `sequence` for ever; `tokens` are its prompt and the
     tokens generated so far; rows report position len(tokens) first. `exact_ids` are ids whose log-probability every
     row must carry. `temperature` divides this expert's logits. `score`: also answer with `Scored` for the tokens
-    themselves. `grammar` masks the logits of every row; the last `generated` of the tokens are already part of what it
-    describes. An engine that cannot follow it answers with `Refused` and shows no more rows.
+    themselves. `given`: the tokens that will follow; a row's own is one more of its exact ids, the last. `grammar`
+    masks the logits of every row; the last `generated` of the tokens are already part of what it describes. An engine
+    that cannot follow it answers with `Refused` and shows no more rows.
     """
 
     slot: int
@@ -173,6 +174,7 @@ class Add(Message, frozen=True, tag="Add"):
     score: bool = False
     grammar: str | None = None
     generated: int = 0
+    given: list[int] = []
 
 
 class Tick(Message, frozen=True, tag="Tick"):

@@ -47,6 +47,7 @@ class SequenceRequest:
     the policy does not use. `temperatures` scales each expert's own logits before fusion (None: 1 for all).
     Generation ends at a token of `stop_token_ids` (at the earliest after `min_tokens`) or at `max_tokens`.
     `top_logprobs`: None for no log-probabilities, else how many alternatives to return with each token.
+    `given`: tokens that follow the prompts and are not drawn, but fused like drawn ones; they count in `max_tokens`.
     `grammar`: what the generated text must match, in llguidance's own text form; its end is marked by an end token of
     any expert of the deployment. `priority`: lower runs earlier; ties in order of arrival.
     """
@@ -61,5 +62,6 @@ class SequenceRequest:
     temperatures: list[float] | None = None
     top_logprobs: int | None = None
     expert_weights: bool = False
+    given: list[int] = field(default_factory=list)
     grammar: str | None = None
     priority: int = 0

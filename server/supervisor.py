@@ -39,7 +39,7 @@ from server.messages import (
     Stop,
     ToSupervisor,
 )
-from server.placement import Placement, coordinator_cpus, expert_cpus, expert_gpus, may_spin
+from server.placement import Placement, expert_cpus, expert_gpus, may_spin
 from server.transport import Channel, endpoint, terminate
 
 log = logging.getLogger("polylogit")
@@ -268,8 +268,6 @@ def _leave(code: int) -> NoReturn:
 
 
 def run_coordinator(config: Config, directory: Path) -> None:
-    if cpus := coordinator_cpus(config):
-        os.sched_setaffinity(0, cpus)
     from server.coordinator.process import run
 
     run(config, directory)

@@ -77,6 +77,7 @@ class CallStream:
         self._place = _Place.CONTENT
         self._text = ""  # not yet shown
         self._searched = 0  # characters of it that cannot begin CLOSE
+        self._behind_call = False
         self._depth = 0
         self._in_string = False
         self._escaped = False
@@ -184,11 +185,15 @@ class CallStream:
         piece = gained.piece(self.count)
         piece.identity, piece.name = f"call_{secrets.token_hex(12)}", name
         self.count += 1
+        self._behind_call = True
 
     def _show(self, gained: Gained, text: str) -> None:
-        """Blank lines between calls are no content."""
-        if text and not (self.count and text.isspace()):
+        """White space behind a call is no content."""
+        if self._behind_call:
+            text = text.lstrip()
+        if text:
             gained.content += text
+            self._behind_call = False
 
     def _go(self, place: _Place, text: str) -> bool:
         self._place, self._text, self._searched = place, text, 0

@@ -17,6 +17,7 @@ from server.api.services import Services
 from server.api.shapes import Common, Usage, encode, finite
 from server.config import Limits
 from server.errors import BadRequest
+from server.policy import Perplexity
 
 _MOST_PROMPTS = 1024
 
@@ -50,7 +51,20 @@ async def _prompts(ensemble: Ensemble, request: CompletionRequest) -> list[Promp
         prompts = await text_prompts(ensemble, texts, add_special_tokens=request.add_special_tokens)
     else:
         prompts = [id_prompts(ensemble, prompt) for prompt in request.prompt if isinstance(prompt, list)]
-    return [Prompt(ids, room(ensemble, ids, "prompt")) for ids in prompts]
+    if request.scores_prompt:
+        _check_scorable(ensemble, prompts)
+    return [Prompt(ids, room(ensemble, ids, "prompt"), scored=request.scores_prompt) for ids in prompts]
+
+
+def _check_scorable(ensemble: Ensemble, prompts: list[list[list[int]]]) -> None:
+    """A prompt's tokens get log-probabilities one after another: from two on, and the same for all experts."""
+    if isinstance(ensemble.policy, Perplexity):
+        raise BadRequest("echo with logprobs: the policy perplexity needs the whole prompt at once", param="echo")
+    for ids in prompts:
+        if any(own != ids[0] for own in ids):
+            raise BadRequest("echo with logprobs: the experts' tokenizers split this prompt differently", param="echo")
+        if len(ids[0]) < 2:
+            raise BadRequest("echo with logprobs: the prompt has only one token", param="prompt")
 
 
 class CompletionShape(Common):
@@ -94,13 +108,15 @@ class CompletionShape(Common):
 
     def _logprobs(self, index: int, piece: Piece) -> dict[str, Any]:
         tokens = [self._text(token) for token in piece.tokens]
+        unknown = [None] * (len(tokens) - len(piece.choices))  # nothing comes before a prompt's first token
         logprobs: dict[str, Any] = {
             "text_offset": [self._offset(index, token) for token in tokens],
-            "token_logprobs": [finite(choice.logprob) for choice in piece.choices],
+            "token_logprobs": unknown + [finite(choice.logprob) for choice in piece.choices],
             "tokens": tokens,
-            "top_logprobs": [
+            "top_logprobs": unknown
+            + [
                 self._top(token, choice.logprob, choice.top)
-                for token, choice in zip(tokens, piece.choices, strict=True)
+                for token, choice in zip(tokens[len(unknown) :], piece.choices, strict=True)
             ],
         }
         if self.request.expert_weights:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ from server.api.protocol import ChatRequest, CompletionRequest, Function
 from server.errors import BadRequest
 
 Schema = dict[str, Any]
+
+_ANSWER, _TOOLS = "response_format", "tools"
+_COMPLAINT = re.compile(r"JSON schema: (.*?)\n +[0-9]+ \|", re.DOTALL)
 
 MOST_DEPTH = 64
 MOST_CHARACTERS = 200_000
@@ -68,9 +72,6 @@ def call_grammar(tools: Sequence[Function], *, parallel: bool) -> str:
 def call_or_json_grammar(tools: Sequence[Function], schema: Schema | None, *, parallel: bool) -> str:
     """Either of the above. Raises BadRequest."""
     return _valid(f"start: answer | calls\nanswer: {_json(schema, _ANSWER)}\n{_calls(tools, parallel)}", _ANSWER)
-
-
-_ANSWER, _TOOLS = "response_format", "tools"
 
 
 def _calls(tools: Sequence[Function], parallel: bool) -> str:
@@ -131,6 +132,11 @@ def _valid(grammar: str, param: str) -> str:
     if len(grammar) > MOST_CHARACTERS:
         raise BadRequest(f"{param}: more than {MOST_CHARACTERS} characters", param=param, code="invalid_schema")
     if error := LLMatcher.validate_grammar(grammar):
-        words = error.partition("\n<")[0][:500]
-        raise BadRequest(f"{param}: {words}", param=param, code="invalid_schema")
+        raise BadRequest(f"{param}: {_words(error)}", param=param, code="invalid_schema")
     return grammar
+
+
+def _words(error: str) -> str:
+    """What llguidance complains of, on one line, without the grammar around it."""
+    match = _COMPLAINT.search(error)
+    return " ".join((match[1] if match else error.partition("\n")[0]).split())[:500]

@@ -181,6 +181,11 @@ class GenerationRequest(Body):
         """The client's limit of generated tokens; None for what the context leaves."""
         raise NotImplementedError
 
+    @property
+    def echoes(self) -> bool:
+        """Whether the answer begins with the prompt."""
+        return False
+
 
 class Conversation(Body):
     """What the chat template is given."""
@@ -255,8 +260,26 @@ class ChatRequest(GenerationRequest, Conversation):
 class CompletionRequest(GenerationRequest):
     prompt: Prompts
     logprobs: int | None = Field(None, ge=0, le=20)
-    max_tokens: int = Field(16, ge=1, le=INT64_MAX)
+    max_tokens: int = Field(16, ge=0, le=INT64_MAX)
+    echo: bool = False
     add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _has_something_to_say(self) -> Self:
+        if not self.max_tokens and not self.scores_prompt:
+            raise ValueError("max_tokens may be 0 only with echo and logprobs")
+        if self.echo and self.response_format.constrains:
+            raise ValueError("echo and response_format exclude each other")
+        return self
+
+    @property
+    def echoes(self) -> bool:
+        return self.echo
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the prompt's own tokens get log-probabilities."""
+        return self.echo and self.logprobs is not None
 
     @property
     def alternatives(self) -> int | None:

@@ -14,10 +14,12 @@ from server.request import SamplingParams, SequenceRequest
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt. `ids`: per used expert. `room`: tokens its contexts leave for the answer."""
+    """One prompt. `ids`: per used expert. `room`: tokens its contexts leave for the answer. `scored`: its tokens but
+    the first get log-probabilities; it is the same for each expert."""
 
     ids: Sequence[list[int]]
     room: int
+    scored: bool = False
 
 
 class SequenceFactory:
@@ -51,17 +53,19 @@ class SequenceFactory:
 
     def _sequence(self, prompt: Prompt, choice: int) -> SequenceRequest:
         request = self._request
+        given = prompt.ids[0][1:] if prompt.scored else []
         return SequenceRequest(
             id=self._number(),
-            prompts=self._by_expert(prompt.ids),
+            prompts=self._by_expert([ids[:1] for ids in prompt.ids] if prompt.scored else prompt.ids),
             policy=self._choir.policy,
             sampling=self._sampling(choice),
-            max_tokens=self._max_tokens(prompt.room),
-            min_tokens=min(request.min_tokens, prompt.room),
+            max_tokens=len(given) + self._max_tokens(prompt.room),
+            min_tokens=len(given) + min(request.min_tokens, prompt.room),
             stop_token_ids=sorted(self.stop_token_ids),
             temperatures=self._temperatures,
             top_logprobs=request.alternatives,
             expert_weights=request.expert_weights,
+            given=given,
             grammar=self._grammar,
             priority=request.priority,
         )

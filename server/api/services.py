@@ -40,7 +40,8 @@ class Services:
                 prompts[index // request.n].ids[0],
                 request,
                 ensemble.tokenizer,
-                max_tokens=sequence.max_tokens,
+                max_tokens=sequence.max_tokens - len(sequence.given),
+                given=len(sequence.given),
                 stop_token_ids=factory.stop_token_ids,
             )
             for index, sequence in enumerate(sequences)

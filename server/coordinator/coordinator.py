@@ -25,6 +25,7 @@ from server.coordinator.sampling import choose, penalise, uniforms
 from server.coordinator.stats import Counters
 from server.coordinator.table import ExpertRows, SequenceTable
 from server.messages import Add, Choice, Ended, Progress, Refused, Report, Scored, ToApi
+from server.placement import neighbours
 from server.request import FinishReason, SequenceRequest
 
 _GOES_ON, _STOPPED, _TOO_LONG, _BROKEN = range(4)
@@ -66,6 +67,8 @@ class Coordinator:
         self._drop: list[list[int]] = [[] for _ in links]
         self._park: list[list[int]] = [[] for _ in links]
         self._token_of = np.zeros(len(table.active), np.int32)
+        near = neighbours(config)
+        self._order = sorted(links, key=lambda link: link.index in near)
         self._step_started = time.perf_counter()
         self.outbox: list[ToApi] = []
         self.draining = False
@@ -136,8 +139,10 @@ class Coordinator:
         fused = self._fuser.fuse(self._table, slots)
         now = self._counters.lap("fuse", now)
         positions = self._table.generated[slots]
-        numbers = uniforms(self._table.seeds[slots], positions)
+        numbers = uniforms(self._table.seeds[slots], np.maximum(positions - self._table.given[slots], 0))
         columns = choose(fused.ids, self._scores(fused), self._table.rules(slots), numbers)
+        if ((forced := self._table.forced[slots]) >= 0).any():
+            columns = np.where(forced >= 0, (fused.ids == forced[:, None]).argmax(axis=1), columns)
         tokens = np.maximum(fused.ids[np.arange(len(slots)), columns], 0)
         wanted = np.flatnonzero(self._table.detailed[slots])
         detailed = [(int(row), int(self._table.top_logprobs[slots[row]])) for row in wanted]
@@ -180,6 +185,7 @@ class Coordinator:
             table.exact_ids,
             table.exact_is_stop,
             table.generated,
+            table.given,
             table.max_tokens,
             self._broken(drawn.fused),
         )
@@ -195,7 +201,7 @@ class Coordinator:
         """Send every engine its tokens, drops, parks and adds: its next step starts, if anything is in it."""
         lacking = self._table.lacking()
         some_lacking = bool(lacking.any())
-        for link in self._links:
+        for link in self._order:
             if link.up and not link.owes_report:
                 self._step_engine(link, np.flatnonzero(lacking[:, link.index]) if some_lacking else _NONE)
 
@@ -236,6 +242,7 @@ class Coordinator:
             score=bool(table.needs_scores[slot] and not table.scored[slot, expert]),
             grammar=request.grammar,
             generated=int(table.generated[slot]),
+            given=request.given[table.generated[slot] :],
         )
 
     def _emit(self, drawn: Drawn, ended: list[Ended]) -> None:
@@ -376,6 +383,7 @@ def _fates(
     exact_ids: Int32,
     is_stop: Bool,
     generated: Int32,
+    given: Int32,
     max_tokens: Int32,
     broken: Bool,
 ) -> npt.NDArray[np.int8]:
@@ -385,7 +393,7 @@ def _fates(
         slot = slots[row]
         if generated[slot] >= max_tokens[slot]:
             fates[row] = _TOO_LONG
-        for column in range(exact_ids.shape[1]):
+        for column in range(exact_ids.shape[1] if generated[slot] > given[slot] else 0):
             if is_stop[slot, column] and exact_ids[slot, column] == tokens[row]:
                 fates[row] = _STOPPED
         if broken[row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -40,7 +41,7 @@ from server.messages import (
     ToApi,
     ToSupervisor,
 )
-from server.placement import neighbours
+from server.placement import coordinator_cpus, neighbours
 from server.transport import Channel, Selector, endpoint
 
 API_SOCKET = "api"
@@ -78,6 +79,9 @@ class CoordinatorProcess:
 
     def run(self) -> None:
         warm_up()
+        if cpus := coordinator_cpus(self._config):
+            # This thread alone: the sockets' own threads, already running, must not wait for an engine on these cores.
+            os.sched_setaffinity(0, cpus)
         while not self._stopped and not all(link.up for link in self._experts.links):
             self._selector.dispatch(_IDLE_SECONDS)
         if not self._stopped:

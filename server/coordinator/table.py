@@ -42,7 +42,8 @@ class SequenceTable:
     engine), `reported` bool[S, E] (a row for its current position is kept), `scored` bool[S, E] (its prompt's
     cross-entropy is known), `needs_scores` bool[S], `ids` int32[S, E, K], `logprobs` float32[S, E, K], `exact_ids`
     int32[S, X], `exact_logprobs` float32[S, E, X], `projected` float32[S, E, d], `gate_state` float32[S, state],
-    `cross_entropy` float32[S, E], `prompt_lengths` int32[S, E], `generated` int32[S], `policy` int32[S].
+    `cross_entropy` float32[S, E], `prompt_lengths` int32[S, E], `generated` int32[S], `policy` int32[S], `given`
+    int32[S] (tokens given rather than drawn), `forced` int32[S] (the given token at the current position, -1 without).
     """
 
     def __init__(self, slots: int, experts: int, top_k: int, projected: int, state: int, vocabulary: int) -> None:
@@ -55,6 +56,8 @@ class SequenceTable:
         self.active = np.zeros(slots, bool)
         self.policy = np.zeros(slots, np.int32)
         self.generated = np.zeros(slots, np.int32)
+        self.given = np.zeros(slots, np.int32)
+        self.forced = np.full(slots, -1, np.int32)
         self.max_tokens = np.zeros(slots, np.int32)
         self.min_tokens = np.zeros(slots, np.int32)
         self.needs_scores = np.zeros(slots, bool)
@@ -78,6 +81,7 @@ class SequenceTable:
         self.projected = np.zeros((slots, experts, projected), np.float32)
         self.gate_state = np.zeros((slots, state), np.float32)
         self.exact_ids = np.full((slots, 1), -1, np.int32)
+        self._exact_counts = np.zeros(slots, np.int32)
         self.exact_bias = np.zeros((slots, 1), np.float32)
         self.exact_is_stop = np.zeros((slots, 1), bool)
         self.exact_logprobs = np.full((slots, experts, 1), -np.inf, np.float32)
@@ -102,6 +106,7 @@ class SequenceTable:
         self.sequence[slot], self.order[slot], self.policy[slot] = request.id, order, policy
         self.active[slot] = True
         self.generated[slot] = 0
+        self.given[slot] = len(request.given)
         self.max_tokens[slot], self.min_tokens[slot] = max_tokens, request.min_tokens
         self.needs_scores[slot] = scores
         self.detailed[slot] = request.top_logprobs is not None or request.expert_weights
@@ -117,6 +122,7 @@ class SequenceTable:
         self.gate_state[slot] = 0
         self.ids[slot], self.logprobs[slot], self.projected[slot] = -1, -np.inf, 0
         self._set_exact(slot, request)
+        self._force(slot)
         self._penalties.start(slot, request)
         return slot
 
@@ -140,8 +146,7 @@ class SequenceTable:
 
     def exact_ids_of(self, slot: int) -> list[int]:
         """The ids whose log-probability every row of this sequence carries."""
-        row = self.exact_ids[slot]
-        return [int(token) for token in row[row >= 0]]
+        return [int(token) for token in self.exact_ids[slot, : self._exact_counts[slot]]]
 
     def tokens_for(self, slot: int, expert: int) -> list[int]:
         """What the expert's engine must have seen: its prompt and all tokens generated so far."""
@@ -195,9 +200,12 @@ class SequenceTable:
         if slots.size and int(self.generated[slots].max()) >= self._tokens.shape[1]:
             self._tokens = np.pad(self._tokens, ((0, 0), (0, self._tokens.shape[1])))
         self._tokens[slots, self.generated[slots]] = tokens
-        self._penalties.count(slots, tokens)
+        drawn = self.forced[slots] < 0
+        self._penalties.count(slots[drawn], tokens[drawn])
         self.generated[slots] += 1
         self.reported[slots] = False
+        for slot in slots[~drawn].tolist():
+            self._force(slot)
 
     def rules(self, slots: Int64) -> Rules:
         return Rules(self.temperature[slots], self.top_p[slots], self.top_k[slots], self.min_p[slots])
@@ -216,13 +224,21 @@ class SequenceTable:
         bias = request.sampling.logit_bias
         stops = set(request.stop_token_ids)
         ids = sorted(stops | set(bias))
-        if (missing := len(ids) - self.exact_ids.shape[1]) > 0:
+        if (missing := len(ids) + bool(request.given) - self.exact_ids.shape[1]) > 0:
             self._widen_exact(missing)
         self.exact_ids[slot], self.exact_bias[slot], self.exact_is_stop[slot] = -1, 0, False
         self.exact_ids[slot, : len(ids)] = ids
         self.exact_bias[slot, : len(ids)] = [bias.get(token, 0.0) for token in ids]
         self.exact_is_stop[slot, : len(ids)] = [token in stops for token in ids]
         self.exact_logprobs[slot] = -np.inf
+        self._exact_counts[slot] = len(ids)
+
+    def _force(self, slot: int) -> None:
+        """Have the given token at the current position, if any, be one more exact id."""
+        given, place = self.requests[slot].given, self.generated[slot]
+        self.forced[slot] = given[place] if place < len(given) else -1
+        if given:
+            self.exact_ids[slot, self._exact_counts[slot]] = self.forced[slot]
 
     def _widen_exact(self, columns: int) -> None:
         self.exact_ids = np.pad(self.exact_ids, ((0, 0), (0, columns)), constant_values=-1)
@@ -255,6 +271,7 @@ class _PenaltyTable:
         self._in_prompt[row] = False
         for prompt in request.prompts:
             self._in_prompt[row, prompt] = True
+        self._in_prompt[row, request.given] = True
 
     def stop(self, slot: int) -> None:
         if self._row[slot] >= 0:

@@ -24,6 +24,8 @@ def run(config: Config, place: Placement, directory: Path) -> None:
     chosen = config.experts[place.expert]
     if place.cpus:
         os.sched_setaffinity(0, place.cpus)
+        # An engine that wakes must not push the coordinator off a core they share before it has woken the others.
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     os.environ.update(environment(chosen, place))
     os.environ["TMPDIR"] = str(directory)  # vLLM's files go when the directory goes, even if this process is killed
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

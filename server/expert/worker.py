@@ -167,12 +167,16 @@ class Worker:
         )
 
     def _asked(self, rows: Rows) -> _Asked:
-        """What the rows' sequences asked for; kept while the same sequences are in the same rows."""
+        """What the rows' sequences asked for; kept while the same sequences are in the same rows, and none has tokens
+        given to it."""
         key = rows.slots.tobytes()
-        if self._asked_of is None or self._asked_of[0] != key:
-            adds = [self._sequences[slot] for slot in rows.slots.tolist()]
-            self._asked_of = (key, _ask(adds, rows.logits.device))
-        return self._asked_of[1]
+        if self._asked_of is not None and self._asked_of[0] == key:
+            return self._asked_of[1]
+        adds = [self._sequences[slot] for slot in rows.slots.tolist()]
+        exact_ids = [_exact_ids(add, position) for add, position in zip(adds, rows.positions.tolist(), strict=True)]
+        asked = _ask([add.temperature for add in adds], exact_ids, rows.logits.device)
+        self._asked_of = None if any(add.given for add in adds) else (key, asked)
+        return asked
 
     def _project(self, hidden: torch.Tensor | None) -> bytes:
         if self._projector is None or hidden is None or not len(hidden):
@@ -186,10 +190,15 @@ class Worker:
             self._channel.send(Refused(sequence, message))
 
 
-def _ask(adds: list[Add], device: torch.device) -> _Asked:
-    temperatures = [add.temperature for add in adds]
-    width = max((len(add.exact_ids) for add in adds), default=0)
-    padded = [add.exact_ids + [-1] * (width - len(add.exact_ids)) for add in adds]
+def _exact_ids(add: Add, position: int) -> list[int]:
+    """The ids that a row of this sequence carries: at each position another one of the given tokens."""
+    place = position - len(add.tokens)
+    return add.exact_ids + add.given[place : place + 1]
+
+
+def _ask(temperatures: list[float], exact_ids: list[list[int]], device: torch.device) -> _Asked:
+    width = max(map(len, exact_ids), default=0)
+    padded = [ids + [-1] * (width - len(ids)) for ids in exact_ids]
     return _Asked(
         torch.tensor(temperatures, device=device)[:, None] if any(value != 1.0 for value in temperatures) else None,
         torch.tensor(padded, device=device) if width else None,

@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -18,6 +19,7 @@ from tests.e2e.serving import Served, serve, until
 EXPERTS = ["math", "text"]
 LOST = "text"  # the one that is started last, so that its process is the youngest, restarted or not
 TOKENS = 300
+OTHERS = 7
 TICK_SECONDS = 4.0
 RESTART_SECONDS = 90.0
 MESSAGES = [{"role": "user", "content": "Reverse the word planet."}]
@@ -46,13 +48,13 @@ def server(request: pytest.FixtureRequest) -> Iterator[Served]:
 class Answer:
     """An answer as it streams: `text`, `reason`, and the expert weights token by token."""
 
-    def __init__(self, server: Served) -> None:
+    def __init__(self, server: Served, messages: list[dict[str, str]] = MESSAGES) -> None:
         self.text, self.reason = "", None
         self.weights: list[dict[str, float]] = []
         self._chunks = iter(
             server.openai.with_options(timeout=RESTART_SECONDS).chat.completions.create(
                 model="demo",
-                messages=MESSAGES,
+                messages=messages,
                 temperature=0,
                 max_tokens=TOKENS,
                 stream=True,
@@ -96,14 +98,32 @@ def wait_back(server: Served, restarts: int) -> None:
     assert server.metrics()[f"polylogit_expert_restarts_total{{expert={EXPERTS[0]}}}"] == 0
 
 
+class Crowd:
+    """Other answers that stream at the same time, each read by a thread of its own."""
+
+    def __init__(self, server: Served) -> None:
+        self._pool = ThreadPoolExecutor(OTHERS)
+        self._texts = [
+            self._pool.submit(lambda messages: Answer(server, messages).read().text, messages)
+            for messages in demo.conversations(OTHERS)
+        ]
+
+    def texts(self) -> list[str]:
+        with self._pool:
+            return [text.result(timeout=RESTART_SECONDS) for text in self._texts]
+
+
 @pytest.mark.parametrize("server", ["wait"], indirect=True)
 def test_wait_continues_as_if_nothing_had_happened(server: Served, chance: random.Random) -> None:
-    undisturbed = Answer(server).read()
+    undisturbed, others = Answer(server).read(), Crowd(server).texts()
     assert (undisturbed.reason, len(undisturbed.weights)) == ("length", TOKENS)
+    assert len(set(others)) == OTHERS
     for restarts, what in enumerate((signal.SIGKILL, signal.SIGSTOP), start=1):
+        crowd = Crowd(server)
         answer, victim = strike(server, what, chance)
         answer.read()
         assert (answer.text, answer.reason) == (undisturbed.text, "length")
+        assert crowd.texts() == others
         assert all(weights[LOST] == 0.5 for weights in answer.weights)
         wait_back(server, restarts)
         assert victim not in server.experts()

@@ -1,5 +1,4 @@
-"""The same path with engines on a GPU: two experts side by side on the first device, against transformers on the
-CPU."""
+"""The same path with engines on a GPU: two experts on the first device, against transformers on the CPU."""
 
 from __future__ import annotations
 

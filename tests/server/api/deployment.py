@@ -17,7 +17,8 @@ VOCABULARY = 264
 CONTEXT = 512
 
 TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|' ~ message.role ~ '|>' ~ message.content }}"
+    "{{ bos_token }}{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
+    "{% for message in messages %}{{ '<|' ~ message.role ~ '|>' ~ message.content }}"
     "{% for call in message.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}"
     "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     "{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}"

@@ -91,6 +91,72 @@ async def test_returned_token_ids(api: Served) -> None:
 
 
 async def test_echo_and_suffix_are_refused_for_now(api: Served) -> None:
-    for field in ({"echo": True}, {"suffix": "x"}, {"best_of": 2}, {"prompt_logprobs": 1}):
+    for field in ({"suffix": "x"}, {"best_of": 2}, {"prompt_logprobs": 1}):
         answer = await api.complete(**field)
         assert answer.status_code == 400 and answer.json()["error"]["param"] == next(iter(field))
+
+
+def replies(text: str) -> Script:
+    """The given tokens, then `text`."""
+    return Script(tokens=lambda sequence: [*sequence.given, *ids(text)])
+
+
+async def test_echo_puts_the_prompt_before_the_answer(api: Served) -> None:
+    api.fake.script = replies("!?")
+    for prompt in ("Grüße, ", ids("Grüße, ")):
+        answer = (await api.complete(prompt=prompt, echo=True, max_tokens=2, stop=["ü"])).json()
+        assert answer["choices"][0]["text"] == "Grüße, !?"
+        assert answer["choices"][0]["logprobs"] is None
+        assert answer["usage"]["completion_tokens"] == 2
+    assert all(sequence.given == [] for sequence in api.fake.submitted)
+
+
+@pytest.mark.parametrize("most", [0, 1, 3])
+async def test_echo_with_logprobs_scores_the_prompt(api: Served, most: int) -> None:
+    api.fake.script = replies("xyz")
+    body = {"prompt": "abc", "echo": True, "logprobs": 1, "max_tokens": most, "temperature": 0, "min_tokens": most}
+    answer = (await api.complete(**body)).json()
+    request = api.fake.submitted[0]
+    assert request.prompts == [ids("a")] * 2 and request.given == ids("bc")
+    assert (request.max_tokens, request.min_tokens, request.top_logprobs) == (2 + most, 2 + most, 1)
+    choice, logprobs = answer["choices"][0], answer["choices"][0]["logprobs"]
+    assert choice["text"] == "abc" + "xyz"[:most] and choice["finish_reason"] == "length"
+    assert logprobs["tokens"] == list("abc" + "xyz"[:most])
+    assert logprobs["token_logprobs"] == [None] + [-0.5] * (2 + most)
+    assert logprobs["top_logprobs"] == [None] + [{token: -0.5} for token in "bc" + "xyz"[:most]]
+    assert logprobs["text_offset"] == list(range(3 + most))
+    assert answer["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": most,
+        "total_tokens": 3 + most,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+
+
+async def test_scored_prompts_come_as_a_stream_too(api: Served) -> None:
+    api.fake.script = replies("!")
+    body = {"prompt": ["ab", "cde"], "echo": True, "logprobs": 0, "max_tokens": 1, "stream": True}
+    lines = (await api.complete(**body)).text.split("\n\n")
+    texts, values = {0: "", 1: ""}, {0: [], 1: []}
+    for chunk in (json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")):
+        texts[chunk["index"]] += chunk["text"]
+        values[chunk["index"]] += chunk["logprobs"]["token_logprobs"]
+    assert texts == {0: "ab!", 1: "cde!"}
+    assert values == {0: [None, -0.5, -0.5], 1: [None, -0.5, -0.5, -0.5]}
+
+
+@pytest.mark.parametrize(
+    ("param", "body"),
+    [
+        ("max_tokens", {"max_tokens": 0}),
+        ("max_tokens", {"max_tokens": 0, "echo": True}),
+        ("max_tokens", {"max_tokens": 0, "logprobs": 1}),
+        ("prompt", {"prompt": "a", "echo": True, "logprobs": 1}),
+        ("echo", {"echo": True, "response_format": {"type": "json_object"}}),
+        ("echo", {"echo": "yes"}),
+    ],
+)
+async def test_what_cannot_be_echoed(api: Served, param: str, body: dict[str, object]) -> None:
+    answer = await api.complete(**body)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
+    assert api.fake.submitted == []

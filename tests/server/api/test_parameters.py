@@ -86,7 +86,6 @@ REFUSED: list[tuple[str, Any]] = [
     ("tools", []),
     ("tools", [{"type": "function", "function": {"name": "f"}}]),
     ("tool_choice", "auto"),
-    ("response_format", {"type": "json_object"}),
     ("response_format", {"type": "json_schema"}),
     ("chat_template", "{{ 1 }}"),
     ("chat_template_kwargs", {"tokenize": True}),

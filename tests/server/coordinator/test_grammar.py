@@ -1,0 +1,83 @@
+"""Masked rows: no policy chooses a token that the grammar forbids, however short or long the experts' lists are."""
+
+from __future__ import annotations
+
+import pytest
+
+from server.policy import Contrastive, Product, Select, Single, Uniform, Weights
+from server.request import FinishReason
+from tests.fakes import NO_GRAMMAR, VOCABULARY, Behaviour, FakeEngine
+from tests.server.coordinator.harness import Deployment
+from tests.server.coordinator.requests import request
+
+STOP = 40
+WIDE = " ".join(map(str, range(20, 39)))
+GRAMMAR = f"1 2 3|{WIDE}|4"
+"""Three tokens are allowed, then nineteen, then one, and so on."""
+POLICIES = [
+    Uniform(),
+    Uniform(space="prob"),
+    Product(),
+    Single("a"),
+    Select(by="confidence"),
+    Select(by="entropy"),
+    Weights({"a": 1.5, "b": -0.5}),
+    Contrastive(expert="a", amateur="b"),
+]
+
+
+def allowed(grammar: str, position: int) -> set[int]:
+    choices = grammar.split("|")
+    return set(map(int, choices[position % len(choices)].split()))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+@pytest.mark.parametrize("missing", ["tail", "exact"])
+@pytest.mark.parametrize("top_k", [2, 8, VOCABULARY])
+def test_no_forbidden_token(tmp_path, rng, models, top_k, missing, temperature):
+    engines = [FakeEngine(model, Behaviour(chunk=chunk)) for model, chunk in zip(models, (7, 11), strict=True)]
+    with Deployment(tmp_path, engines, top_k=top_k, missing=missing) as deployment:
+        requests = [
+            request(
+                rng,
+                tuple(rng.integers(1, 50, 2)),
+                policy,
+                stop_token_ids=[STOP],
+                logit_bias={5: 100.0, 6: -100.0},
+                temperature=temperature,
+                presence_penalty=2.0,
+                grammar=GRAMMAR,
+            )
+            for policy in POLICIES
+            # what the amateur does not list is masked: truncated lists may leave nothing
+            if missing == "exact" or top_k == VOCABULARY or not isinstance(policy, Contrastive)
+        ]
+        deployment.run(*requests)
+        stats = deployment.stats()
+    assert stats.readded > 0
+    assert all(expert.masked_rows == 0 for expert in stats.experts)
+    for each in requests:
+        assert deployment.ended[each.id].reason is FinishReason.LENGTH
+        for position, token in enumerate(deployment.tokens[each.id]):
+            assert token in allowed(GRAMMAR, position), each.policy
+
+
+@pytest.mark.parametrize("min_tokens", [0, 9])
+def test_ends_where_the_grammar_ends(tmp_path, rng, models, min_tokens):
+    """Where nothing but a stop token is left, it ends the text even before `min_tokens`."""
+    with Deployment(tmp_path, [FakeEngine(model) for model in models], top_k=4) as deployment:
+        one = request(rng, stop_token_ids=[STOP], min_tokens=min_tokens, grammar=f"1 2|3|{STOP}")
+        deployment.run(one)
+    assert deployment.tokens[one.id][1:] == [3, STOP]
+    assert deployment.ended[one.id].stop_token == STOP
+
+
+def test_a_refused_grammar_ends_its_sequence_only(tmp_path, rng, models):
+    with Deployment(tmp_path, [FakeEngine(model) for model in models]) as deployment:
+        wrong, right = request(rng, grammar=NO_GRAMMAR), request(rng)
+        deployment.run(wrong, right)
+        assert deployment.stats().running == 0
+    ended = deployment.ended[wrong.id]
+    assert (ended.reason, ended.code, ended.message) == (FinishReason.ERROR, "invalid_grammar", "no grammar")
+    assert deployment.ended[right.id].reason is FinishReason.LENGTH
+    assert not any(engine.sequences for engine in deployment.engines)
