@@ -40,7 +40,7 @@ from server.messages import (
     ToSupervisor,
 )
 from server.placement import Placement, expert_cpus, expert_gpus, may_spin
-from server.transport import Channel, endpoint, terminate
+from server.transport import Channel, endpoint
 
 log = logging.getLogger("polylogit")
 
@@ -260,7 +260,6 @@ def _child(pipe: Connection, parent: int, target: Callable[..., None], arguments
 def _leave(code: int) -> NoReturn:
     """End this process as multiprocessing would, but for the interpreter's teardown: with torch and vLLM in it that
     takes seconds, and threads of a broken engine could keep it from ending at all."""
-    terminate()
     multiprocessing.util._exit_function()  # type: ignore[attr-defined]
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,119 +1,277 @@
-"""Sockets between the processes: msgspec messages over ZeroMQ, nothing else. The only module that imports zmq.
+"""Sockets between the processes: msgspec messages over Unix stream sockets, a length before each. The only module that
+opens sockets for them.
 
-Every conversation is one DEALER pair; one side binds, the other connects. Endpoints are `ipc://` files in a private
-directory (0700) that the supervisor makes and removes.
-Nothing is pickled, and a message that does not decode as one of the expected types is an error.
+Every conversation is one pair; one side binds, the other connects, in any order. Addresses are files in a private
+directory (0700) that the supervisor makes and removes. Nothing is pickled, and a message that does not decode as one
+of the expected types is an error.
+
+Plain sockets rather than a messaging library, because a tick waits for these messages several times: libraries hand
+them to a thread of their own, which must then get a turn on cores where an engine is busy.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
+import select
+import socket
+import struct
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import msgspec
-import zmq
-import zmq.asyncio
 
 from server.messages import Message
 
 Incoming = TypeVar("Incoming")
 Outgoing = TypeVar("Outgoing", bound=Message)
 
-_LINGER_MS = 500
+_LENGTH = struct.Struct("<I")
+_CHUNK = 1 << 18
 _SPIN_SECONDS = 0.002
-_FLUSH_SECONDS = 0.1
-"""How often a process that waits for a message tries again to send what its peer was not there for."""
+_RETRY_SECONDS = 0.05
+"""How often a process that waits tries again to reach its peer, and to send what the peer had no room for."""
+_LINGER_SECONDS = 0.5
 
 
 def endpoint(directory: Path, name: str) -> str:
-    """The ipc endpoint called `name` in the deployment's private directory."""
-    return f"ipc://{directory}/{name}"
+    """The address called `name` in the deployment's private directory."""
+    return str(directory / name)
 
 
 class Channel(Generic[Incoming, Outgoing]):
-    """A blocking channel, for the coordinator and the workers.
+    """A channel for processes without an event loop: the coordinator, the workers, the supervisor.
 
     `incoming` is the union of message types this side accepts. `spins`: whether `receive` looks for a message for a
-    moment before it sleeps (see `server.placement`).
+    moment before it sleeps (see `server.placement`). A peer that went away may come back; what was sent meanwhile
+    waits for it here.
     """
 
     def __init__(self, address: str, incoming: object, *, bind: bool, spins: bool = False) -> None:
+        self._address = address
         self._spins = spins
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self._socket.set(zmq.LINGER, _LINGER_MS)
-        self._socket.set_hwm(0)
-        if bind:
-            self._socket.bind(address)
-        else:
-            self._socket.connect(address)
+        self._listener = _listen(address) if bind else None
+        self._socket: socket.socket | None = None
         self._unsent: deque[bytes] = deque()
+        self._received = bytearray()
+        self._messages: deque[bytes] = deque()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Incoming] = msgspec.msgpack.Decoder(incoming)
 
+    def reach(self, timeout: float) -> bool:
+        """Wait until the peer is there, at most `timeout` seconds; whether it is."""
+        deadline = time.monotonic() + timeout
+        while self._peer() is None and time.monotonic() < deadline:
+            self._sleep(deadline)
+        return self._socket is not None
+
     def send(self, message: Outgoing) -> None:
-        """Queue `message`; never blocks. A message for a peer that has not connected yet waits for it here."""
-        self._unsent.append(self._encoder.encode(message))
+        """Send `message`, or keep it until the peer is there and has room; never blocks."""
+        data = self._encoder.encode(message)
+        self._unsent.append(_LENGTH.pack(len(data)) + data)
         self.flush()
 
     def flush(self) -> None:
-        """Hand what waits to the socket, as far as it takes it."""
-        try:
-            while self._unsent:
-                self._socket.send(self._unsent[0], zmq.NOBLOCK)
-                self._unsent.popleft()
-        except zmq.Again:
-            return
+        """Send what waits, as far as the peer takes it."""
+        while self._unsent and (peer := self._peer()) is not None:
+            frame = self._unsent[0]
+            try:
+                sent = peer.send(frame, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError:
+                self._disconnect()
+                return
+            if sent < len(frame):
+                self._unsent[0] = frame[sent:]
+                return
+            self._unsent.popleft()
 
     def receive(self, timeout: float | None) -> Incoming | None:
         """The next message, or None after `timeout` seconds (None: wait for ever, 0: do not wait)."""
-        self.flush()
-        if self._spins and spin(self.waiting):
-            return self.take()
         deadline = None if timeout is None else time.monotonic() + timeout
-        while not self._socket.poll(self._patience(deadline)):
+        if self._spins and not self.waiting():
+            spin(self.waiting)
+        while not self.waiting():
+            self.flush()
             if deadline is not None and time.monotonic() >= deadline:
                 return None
-            self.flush()
+            self._sleep(deadline)
         return self.take()
 
-    def _patience(self, deadline: float | None) -> int | None:
-        """Milliseconds to sleep at most: until `deadline`, but not for long while something is unsent."""
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        if self._unsent:
-            left = _FLUSH_SECONDS if left is None else min(left, _FLUSH_SECONDS)
-        return None if left is None else round(1000 * left)
+    def take(self) -> Incoming:
+        """The next message that has arrived."""
+        return self._decoder.decode(self._messages.popleft())
 
     def waiting(self) -> bool:
         """Whether a message has arrived."""
-        return bool(int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN)
+        if not self._messages and (peer := self._peer()) is not None:
+            self._read(peer)
+        return bool(self._messages)
 
-    def take(self) -> Incoming:
-        """The next message, waiting for it."""
-        return self._decoder.decode(self._socket.recv())
+    def drain(self) -> list[Incoming]:
+        """All messages that have already arrived."""
+        self.flush()
+        found = []
+        while self.waiting():
+            found.append(self.take())
+        return found
+
+    def fileno(self) -> int | None:
+        """What becomes readable when something happens; None while the peer's socket is not there."""
+        if (peer := self._peer()) is not None:
+            return peer.fileno()
+        return None if self._listener is None else self._listener.fileno()
 
     @property
-    def socket(self) -> zmq.Socket[bytes]:
-        return self._socket
-
-    def drain(self) -> Iterable[Incoming]:
-        """All messages that have already arrived."""
-        while True:
-            try:
-                frame = self._socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            yield self._decoder.decode(frame)
+    def pending(self) -> bool:
+        """Whether something waits to be sent or the peer to be found, which no readable file will tell."""
+        return bool(self._unsent) or (self._socket is None and self._listener is None)
 
     def close(self) -> None:
-        self._socket.close()
+        """Close, once what was sent has left or the peer had half a second for it."""
+        deadline = time.monotonic() + _LINGER_SECONDS
+        while self._unsent and self._peer() is not None and time.monotonic() < deadline:
+            self.flush()
+            time.sleep(0.001)
+        self._unsent.clear()
+        self._disconnect()
+        if self._listener is not None:
+            self._listener.close()
+            Path(self._address).unlink(missing_ok=True)
+            self._listener = None
+
+    def _peer(self) -> socket.socket | None:
+        """The connected socket, if the peer is there."""
+        if self._socket is None:
+            self._socket = _connect(self._address) if self._listener is None else _accept(self._listener)
+        return self._socket
+
+    def _disconnect(self) -> None:
+        """Forget the peer and what it had not finished saying, or been told."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        self._received.clear()
+        self._unsent.clear()
+
+    def _read(self, peer: socket.socket) -> None:
+        """Take in what has arrived."""
+        try:
+            data = peer.recv(_CHUNK, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._disconnect()
+            return
+        self._received += data
+        start = 0
+        while len(self._received) - start >= _LENGTH.size:
+            end = start + _LENGTH.size + _LENGTH.unpack_from(self._received, start)[0]
+            if end > len(self._received):
+                break
+            self._messages.append(bytes(self._received[start + _LENGTH.size : end]))
+            start = end
+        del self._received[:start]
+
+    def _sleep(self, deadline: float | None) -> None:
+        """Until something happens, `deadline`, or it is time to try again what was not possible."""
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        _sleep([self], left)
+
+
+class Selector:
+    """Waits for several channels at once and hands each message to its channel's handler."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[Channel[Any, Any], Callable[[Any], None]] = {}
+
+    def register(self, channel: Channel[Incoming, Outgoing], handler: Callable[[Incoming], None]) -> None:
+        self._handlers[channel] = handler
+
+    def unregister(self, channel: Channel[Incoming, Outgoing]) -> None:
+        """Before the channel is closed."""
+        del self._handlers[channel]
+
+    def dispatch(self, timeout: float, *, spins: bool = False) -> None:
+        """Wait at most `timeout` seconds for anything; handle one message of each channel that has some. `spins`: look
+        for a moment before sleeping."""
+        for channel in self._handlers:
+            channel.flush()
+        if not self._any_waiting() and not (spins and spin(self._any_waiting)):
+            _sleep(list(self._handlers), timeout)
+        for channel in list(self._handlers):
+            # A handler before this one may have unregistered the channel.
+            if (handler := self._handlers.get(channel)) is not None and channel.waiting():
+                handler(channel.take())
+
+    def _any_waiting(self) -> bool:
+        return any(channel.waiting() for channel in self._handlers)
+
+
+class AsyncChannel(Generic[Incoming, Outgoing]):
+    """The same channel for an asyncio process (the api). One task may send while another receives."""
+
+    def __init__(self, address: str, incoming: object, *, bind: bool) -> None:
+        self._address = address
+        self._bind = bind
+        self._connecting = asyncio.Lock()
+        self._server: asyncio.Server | None = None
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[Incoming] = msgspec.msgpack.Decoder(incoming)
+
+    async def send(self, message: Outgoing) -> None:
+        """Raises ConnectionError if the peer has gone."""
+        _, writer = await self._connected()
+        data = self._encoder.encode(message)
+        writer.write(_LENGTH.pack(len(data)) + data)
+        await writer.drain()
+
+    async def receive(self) -> Incoming:
+        """The next message. Raises asyncio.IncompleteReadError if the peer has gone."""
+        reader, _ = await self._connected()
+        (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+        return self._decoder.decode(await reader.readexactly(length))
+
+    def close(self) -> None:
+        if self._streams is not None:
+            self._streams[1].close()
+        if self._server is not None:
+            self._server.close()
+
+    async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        async with self._connecting:
+            if self._streams is None:
+                self._streams = await (self._accept() if self._bind else self._reach())
+            return self._streams
+
+    async def _accept(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        arrived: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = (
+            asyncio.get_running_loop().create_future()
+        )
+
+        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            arrived.set_result((reader, writer))
+
+        self._server = await asyncio.start_unix_server(connected, self._address, limit=_CHUNK)
+        return await arrived
+
+    async def _reach(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        while True:
+            try:
+                return await asyncio.open_unix_connection(self._address, limit=_CHUNK)
+            except (FileNotFoundError, ConnectionRefusedError):
+                await asyncio.sleep(_RETRY_SECONDS)
 
 
 def spin(found: Callable[[], bool]) -> bool:
-    """Ask `found` again and again for a moment, giving way to any other thread on this core; whether it was."""
+    """Ask `found` again and again for a moment, giving way to anyone else on this core; whether it was."""
     deadline = time.perf_counter() + _SPIN_SECONDS
     while not found():
         if time.perf_counter() > deadline:
@@ -122,60 +280,37 @@ def spin(found: Callable[[], bool]) -> bool:
     return True
 
 
-def terminate() -> None:
-    """Close every socket of this process once what was sent has left it."""
-    zmq.Context.instance().destroy(linger=_LINGER_MS)
+def _sleep(channels: list[Channel[Any, Any]], timeout: float | None) -> None:
+    """Until one of `channels` becomes readable, at most `timeout` seconds (None: for ever)."""
+    poller = select.poll()
+    for channel in channels:
+        if (number := channel.fileno()) is not None:
+            poller.register(number, select.POLLIN)
+        if channel.pending:
+            timeout = _RETRY_SECONDS if timeout is None else min(timeout, _RETRY_SECONDS)
+    poller.poll(None if timeout is None else round(1000 * timeout))
 
 
-class Selector:
-    """Waits for several channels at once and hands each message to its channel's handler."""
-
-    def __init__(self) -> None:
-        self._poller = zmq.Poller()
-        self._handlers: dict[zmq.Socket[bytes], tuple[Channel[Any, Any], Callable[[Any], None]]] = {}
-
-    def register(self, channel: Channel[Incoming, Outgoing], handler: Callable[[Incoming], None]) -> None:
-        self._poller.register(channel.socket, zmq.POLLIN)
-        self._handlers[channel.socket] = (channel, handler)
-
-    def unregister(self, channel: Channel[Incoming, Outgoing]) -> None:
-        """Before the channel is closed."""
-        self._poller.unregister(channel.socket)
-        del self._handlers[channel.socket]
-
-    def dispatch(self, timeout: float, *, spins: bool = False) -> None:
-        """Wait at most `timeout` seconds for anything; handle one message of each channel that has some. `spins`: look
-        for a moment before sleeping."""
-        for channel, _ in self._handlers.values():
-            channel.flush()
-        if spins:
-            spin(lambda: any(channel.waiting() for channel, _ in self._handlers.values()))
-        for socket, _ in self._poller.poll(round(timeout * 1000)):
-            # A handler before this one may have closed the channel.
-            if (entry := self._handlers.get(socket)) is not None:
-                channel, handler = entry
-                handler(channel.take())
+def _listen(address: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(address)
+    listener.listen(1)
+    listener.setblocking(False)
+    return listener
 
 
-class AsyncChannel(Generic[Incoming, Outgoing]):
-    """The same channel for an asyncio process (the api)."""
+def _accept(listener: socket.socket) -> socket.socket | None:
+    try:
+        return listener.accept()[0]
+    except BlockingIOError:
+        return None
 
-    def __init__(self, address: str, incoming: object, *, bind: bool) -> None:
-        self._socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
-        self._socket.set(zmq.LINGER, _LINGER_MS)
-        self._socket.set_hwm(0)
-        if bind:
-            self._socket.bind(address)
-        else:
-            self._socket.connect(address)
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[Incoming] = msgspec.msgpack.Decoder(incoming)
 
-    async def send(self, message: Outgoing) -> None:
-        await self._socket.send(self._encoder.encode(message))
-
-    async def receive(self) -> Incoming:
-        return self._decoder.decode(await self._socket.recv())
-
-    def close(self) -> None:
-        self._socket.close()
+def _connect(address: str) -> socket.socket | None:
+    peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        peer.connect(address)
+    except OSError:
+        peer.close()
+        return None
+    return peer

@@ -10,9 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from server.errors import EngineError
 from server.messages import FromExpert, Stop, ToExpert
 from server.placement import Placement
 from server.transport import Channel, endpoint
+
+_MEET_SECONDS = 120.0
 
 
 class Conversation(Protocol):
@@ -67,6 +70,9 @@ class _Follower:
         self._channel: Channel[ToExpert, Stop] = Channel(
             endpoint(directory, place.socket(place.rank)), ToExpert, bind=False
         )
+        # Rank 0 must never start a step that this rank has not heard of: both would wait for each other for ever.
+        if not self._channel.reach(_MEET_SECONDS):
+            raise EngineError(f"rank 0 was not there within {_MEET_SECONDS:g} s")
 
     def send(self, message: FromExpert) -> None:
         """Rank 0 says the same."""

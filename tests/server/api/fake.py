@@ -83,6 +83,13 @@ class FakeCoordinator:
             task.cancel()
         self._channel.close()
 
+    async def aborted(self) -> list[list[int]]:
+        """The aborts, once there is one."""
+        async with asyncio.timeout(5):
+            while not self.aborts:
+                await asyncio.sleep(0.005)
+        return self.aborts
+
     async def idle(self) -> None:
         """Wait until nothing runs."""
         async with asyncio.timeout(5):

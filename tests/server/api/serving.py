@@ -51,7 +51,7 @@ class Served:
 async def served(config: Config) -> AsyncIterator[Served]:
     """Serve `config` on a free port; not ready yet."""
     with tempfile.TemporaryDirectory() as directory, socket.socket() as listener:
-        address = f"ipc://{directory}/api"
+        address = f"{directory}/api"
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         fake = FakeCoordinator(address)

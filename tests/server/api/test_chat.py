@@ -218,7 +218,7 @@ async def test_stop_string(api: Served) -> None:
     assert answer["choices"][0]["stop_reason"] == ", wo"
     assert answer["usage"]["completion_tokens"] == len("Hello, wo")
     await api.fake.idle()
-    assert api.fake.aborts == [[api.fake.submitted[0].id]]
+    assert await api.fake.aborted() == [[api.fake.submitted[0].id]]
 
 
 async def test_stop_string_in_a_stream(api: Served) -> None:

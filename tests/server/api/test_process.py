@@ -35,7 +35,7 @@ assert not {"torch", "vllm", "transformers"} & set(sys.modules)
 
 def start(folder: Path, listener: socket.socket) -> subprocess.Popen[str]:
     (folder / "solo.yaml").write_text(CONFIG)
-    arguments = [str(folder / "solo.yaml"), f"ipc://{folder}/api", str(listener.fileno())]
+    arguments = [str(folder / "solo.yaml"), f"{folder}/api", str(listener.fileno())]
     return subprocess.Popen(
         [sys.executable, "-c", CODE, *arguments], pass_fds=[listener.fileno()], stderr=subprocess.PIPE, text=True
     )
@@ -45,7 +45,7 @@ async def test_serves_until_stop(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        fake = FakeCoordinator(f"ipc://{tmp_path}/api")
+        fake = FakeCoordinator(f"{tmp_path}/api")
         running = asyncio.create_task(fake.run())
         process = start(tmp_path, listener)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
