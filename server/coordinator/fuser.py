@@ -70,7 +70,7 @@ class Fuser:
         self._mask_unusable(table, slots, ids, logprobs, exact, available)
         listed = tabulate(ids, logprobs, table.exact_ids[slots], exact, self._vocabulary)
         if self._missing == "exact":
-            listed = self._look_up_missing(table, slots, listed)
+            listed = self._look_up_missing(slots, listed, available)
         values = fill_tail(listed, logprobs[:, :, -1], self._vocabulary)
         gated, ungated = self._run_gate(table, slots, ids, logprobs)
         chosen, prob_space, allowed = self._apply_rules(table, slots, logprobs, values, available, gated)
@@ -95,10 +95,10 @@ class Fuser:
             counters.masked_rows += int((table.expected[slots, expert] & ~available[:, expert]).sum())
         ids[~available], logprobs[~available], exact[~available] = -1, -np.inf, -np.inf
 
-    def _look_up_missing(self, table: SequenceTable, slots: Int64, found: Table) -> Table:
-        """Ask each expert for the candidates that it did not list itself."""
+    def _look_up_missing(self, slots: Int64, found: Table, available: Bool) -> Table:
+        """Ask each expert that is `available` bool[B, E] for the candidates that it did not list itself."""
         present = (found.ids >= 0)[:, None, :]
-        lacking = (~found.listed & present).any(axis=2) & table.expected[slots]
+        lacking = (~found.listed & present).any(axis=2) & available
         rows_of = {int(e): np.flatnonzero(lacking[:, e]) for e in np.flatnonzero(lacking.any(axis=0))}
         if not rows_of:
             return found

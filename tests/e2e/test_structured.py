@@ -51,6 +51,7 @@ def served() -> Iterator[Served]:
     """A list of 8 is shorter than what most places of a grammar allow, and longer than what others do."""
     data = demo.configuration(
         top_k=8,
+        missing="tail",
         tool_parser="hermes",
         expert={"max_num_batched_tokens": 64},
         only={"text": {"system_prompt": "Answer briefly. " * 12}, "chat": {"system_prompt": "Be kind."}},

@@ -83,7 +83,7 @@ def test_models_offered_to_clients():
 def test_defaults():
     config = parse()
     assert config.policies == {"uniform": Uniform()}
-    assert (config.default_policy, config.missing, config.top_k, config.gate) == ("uniform", "tail", 32, None)
+    assert (config.default_policy, config.missing, config.top_k, config.gate) == ("uniform", "exact", 32, None)
 
 
 @pytest.mark.parametrize(
