@@ -1,0 +1,58 @@
+"""Writes Llama models with random weights, to see how the cost of fusion shrinks beside larger models.
+
+    python deploy/bench/random_model.py build/bench --hidden 512 --layers 8
+
+makes `build/bench/{a,b}` and `build/bench/bench.yaml`. They answer nonsense; only their speed is meant. The tokenizer is the
+demo's.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+DEMO = Path(__file__).parents[1] / "demo" / "experts" / "math"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    options = parser.parse_args()
+    for seed, name in enumerate("ab"):
+        parameters = write(options.folder / name, options.hidden, options.layers, seed)
+        print(f"{options.folder / name}: {parameters / 1e6:.1f} million parameters")
+    (options.folder / "bench.yaml").write_text(
+        "name: bench\nexperts:\n"
+        "  - {name: a, model: a, dtype: float32, kv_cache_memory: 512MiB}\n"
+        "  - {name: b, model: b, dtype: float32, kv_cache_memory: 512MiB}\n",
+        encoding="utf-8",
+    )
+
+
+def write(folder: Path, hidden: int, layers: int, seed: int) -> int:
+    """Write one model; how many parameters it has."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=264,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    for file in TOKENIZER_FILES:
+        shutil.copy(DEMO / file, folder / file)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+if __name__ == "__main__":
+    main()
