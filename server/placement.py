@@ -1,9 +1,4 @@
-"""Where processes stand: which cores and GPUs each has, and who may look for messages without sleeping.
-
-A sleeping core takes up to a tenth of a millisecond to wake, and a tick of a small model wakes several. So a process
-that waits for a message in the middle of a tick first looks for it again and again for a moment ("spins"), but only on
-cores where it keeps nobody from working.
-"""
+"""Where worker processes stand: which expert and rank, on which cores and GPUs."""
 
 from __future__ import annotations
 
@@ -18,7 +13,7 @@ from server.config import Config, ExpertConfig
 class Placement:
     """A worker process. `expert` is its index, `generation` counts its restarts. `rank` of `tensor_parallel_size`;
     `port` on 127.0.0.1 is where the ranks meet (0 with one rank). `cpus`: the cores of this process, None for wherever;
-    `gpus`: indices of the expert's GPUs; `spins`: it may spin."""
+    `gpus`: indices of the expert's GPUs."""
 
     expert: int
     generation: int
@@ -26,7 +21,6 @@ class Placement:
     port: int
     cpus: list[int] | None
     gpus: list[int]
-    spins: bool
 
     def socket(self, rank: int = 0) -> str:
         """Name of the socket on which rank 0 hears the coordinator, or another rank hears rank 0."""
@@ -58,28 +52,6 @@ def expert_gpus(config: Config) -> list[list[int]]:
         default = [next(free) for _ in range(expert.tensor_parallel_size)] if _needs_gpus(expert) else []
         chosen.append(default if expert.gpus is None else expert.gpus)
     return chosen
-
-
-def coordinator_cpus(config: Config) -> list[int] | None:
-    """The coordinator's cores: those that no CPU expert has, else the first such expert's. None, for wherever, without
-    CPU experts."""
-    taken = [cpus for cpus in expert_cpus(config) if cpus is not None]
-    if not taken:
-        return None
-    return sorted(os.sched_getaffinity(0).difference(*taken)) or taken[0]
-
-
-def neighbours(config: Config) -> set[int]:
-    """The experts that share a core with the coordinator."""
-    own = set(coordinator_cpus(config) or ())
-    return {index for index, cpus in enumerate(expert_cpus(config)) if own.intersection(cpus or ())}
-
-
-def may_spin(config: Config, expert: int) -> bool:
-    """Whether an expert's worker may spin: its cores are nobody else's."""
-    cores = expert_cpus(config)
-    others = set().union(*(cpus or () for index, cpus in enumerate(cores) if index != expert))
-    return expert not in neighbours(config) and not others.intersection(cores[expert] or ())
 
 
 def _needs_gpus(expert: ExpertConfig) -> bool:

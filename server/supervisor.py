@@ -39,7 +39,7 @@ from server.messages import (
     Stop,
     ToSupervisor,
 )
-from server.placement import Placement, expert_cpus, expert_gpus, may_spin
+from server.placement import Placement, expert_cpus, expert_gpus
 from server.transport import Channel, endpoint
 
 log = logging.getLogger("polylogit")
@@ -232,7 +232,7 @@ def start_expert(config: Config, expert: int, generation: int, directory: Path) 
     children = []
     for rank in range(size):
         own = cores[rank::size] or cores if cores else None
-        place = Placement(expert, generation, rank, port, own, expert_gpus(config)[expert], may_spin(config, expert))
+        place = Placement(expert, generation, rank, port, own, expert_gpus(config)[expert])
         name = f"expert {chosen.name}" + (f" rank {rank}" if size > 1 else "")
         children.append(replace(spawn(name, run_expert, config, place, directory), rank_port=port))
     return children

@@ -12,7 +12,6 @@ them to a thread of their own, which must then get a turn on cores where an engi
 from __future__ import annotations
 
 import asyncio
-import os
 import select
 import socket
 import struct
@@ -31,7 +30,6 @@ Outgoing = TypeVar("Outgoing", bound=Message)
 
 _LENGTH = struct.Struct("<I")
 _CHUNK = 1 << 18
-_SPIN_SECONDS = 0.002
 _RETRY_SECONDS = 0.05
 """How often a process that waits tries again to reach its peer, and to send what the peer had no room for."""
 _LINGER_SECONDS = 0.5
@@ -45,14 +43,12 @@ def endpoint(directory: Path, name: str) -> str:
 class Channel(Generic[Incoming, Outgoing]):
     """A channel for processes without an event loop: the coordinator, the workers, the supervisor.
 
-    `incoming` is the union of message types this side accepts. `spins`: whether `receive` looks for a message for a
-    moment before it sleeps (see `server.placement`). A peer that went away may come back; what was sent meanwhile
-    waits for it here.
+    `incoming` is the union of message types this side accepts. A peer that went away may come back; what is sent
+    meanwhile waits for it here.
     """
 
-    def __init__(self, address: str, incoming: object, *, bind: bool, spins: bool = False) -> None:
+    def __init__(self, address: str, incoming: object, *, bind: bool) -> None:
         self._address = address
-        self._spins = spins
         self._listener = _listen(address) if bind else None
         self._socket: socket.socket | None = None
         self._unsent: deque[bytes] = deque()
@@ -93,8 +89,6 @@ class Channel(Generic[Incoming, Outgoing]):
     def receive(self, timeout: float | None) -> Incoming | None:
         """The next message, or None after `timeout` seconds (None: wait for ever, 0: do not wait)."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        if self._spins and not self.waiting():
-            spin(self.waiting)
         while not self.waiting():
             self.flush()
             if deadline is not None and time.monotonic() >= deadline:
@@ -198,20 +192,16 @@ class Selector:
         """Before the channel is closed."""
         del self._handlers[channel]
 
-    def dispatch(self, timeout: float, *, spins: bool = False) -> None:
-        """Wait at most `timeout` seconds for anything; handle one message of each channel that has some. `spins`: look
-        for a moment before sleeping."""
+    def dispatch(self, timeout: float) -> None:
+        """Wait at most `timeout` seconds for anything; handle one message of each channel that has some."""
         for channel in self._handlers:
             channel.flush()
-        if not self._any_waiting() and not (spins and spin(self._any_waiting)):
+        if not any(channel.waiting() for channel in self._handlers):
             _sleep(list(self._handlers), timeout)
         for channel in list(self._handlers):
             # A handler before this one may have unregistered the channel.
             if (handler := self._handlers.get(channel)) is not None and channel.waiting():
                 handler(channel.take())
-
-    def _any_waiting(self) -> bool:
-        return any(channel.waiting() for channel in self._handlers)
 
 
 class AsyncChannel(Generic[Incoming, Outgoing]):
@@ -268,16 +258,6 @@ class AsyncChannel(Generic[Incoming, Outgoing]):
                 return await asyncio.open_unix_connection(self._address, limit=_CHUNK)
             except (FileNotFoundError, ConnectionRefusedError):
                 await asyncio.sleep(_RETRY_SECONDS)
-
-
-def spin(found: Callable[[], bool]) -> bool:
-    """Ask `found` again and again for a moment, giving way to anyone else on this core; whether it was."""
-    deadline = time.perf_counter() + _SPIN_SECONDS
-    while not found():
-        if time.perf_counter() > deadline:
-            return False
-        os.sched_yield()
-    return True
 
 
 def _sleep(channels: list[Channel[Any, Any]], timeout: float | None) -> None:

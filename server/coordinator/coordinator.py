@@ -25,7 +25,6 @@ from server.coordinator.sampling import choose, penalise, uniforms
 from server.coordinator.stats import Counters
 from server.coordinator.table import ExpertRows, SequenceTable
 from server.messages import Add, Choice, Ended, Progress, Refused, Report, Scored, ToApi
-from server.placement import neighbours
 from server.request import FinishReason, SequenceRequest
 
 _GOES_ON, _STOPPED, _TOO_LONG, _BROKEN = range(4)
@@ -67,8 +66,6 @@ class Coordinator:
         self._drop: list[list[int]] = [[] for _ in links]
         self._park: list[list[int]] = [[] for _ in links]
         self._token_of = np.zeros(len(table.active), np.int32)
-        near = neighbours(config)
-        self._order = sorted(links, key=lambda link: link.index in near)
         self._step_started = time.perf_counter()
         self.outbox: list[ToApi] = []
         self.draining = False
@@ -201,7 +198,7 @@ class Coordinator:
         """Send every engine its tokens, drops, parks and adds: its next step starts, if anything is in it."""
         lacking = self._table.lacking()
         some_lacking = bool(lacking.any())
-        for link in self._order:
+        for link in self._links:
             if link.up and not link.owes_report:
                 self._step_engine(link, np.flatnonzero(lacking[:, link.index]) if some_lacking else _NONE)
 

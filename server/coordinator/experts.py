@@ -108,20 +108,17 @@ class ExpertLink:
 class Experts:
     """All links.
 
-    `neighbours` are the experts that share a core with this process; `on_message` sees every message after its link
-    has.
+    `on_message` sees every message after its link has.
     """
 
     def __init__(
         self,
         names: list[str],
         selector: Selector,
-        neighbours: set[int],
         on_message: Callable[[ExpertLink, FromExpert], None],
     ) -> None:
         self.links = [ExpertLink(index, name) for index, name in enumerate(names)]
         self._selector = selector
-        self._neighbours = neighbours
         self._gathers = 0
         self._on_message = on_message
 
@@ -151,13 +148,8 @@ class Experts:
         while self.stepping():
             if (left := deadline - time.perf_counter()) <= 0:
                 return [link for link in self.links if link.owes_report]
-            self._selector.dispatch(left, spins=self._may_spin())
+            self._selector.dispatch(left)
         return []
-
-    def _may_spin(self) -> bool:
-        """Whether the rest of the reports is due soon, and no engine works on this process's cores."""
-        first = any(link.report is not None for link in self.links)
-        return first and not any(self.links[expert].owes_report for expert in self._neighbours)
 
     def gather(self, wanted: dict[int, tuple[Int32, Int32]], time_limit: float) -> dict[int, Float32]:
         """Exact log-probabilities: expert -> (slots int32[B], ids int32[B, U]) in, expert -> float32[B, U] out.

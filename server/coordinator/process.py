@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
@@ -41,7 +40,6 @@ from server.messages import (
     ToApi,
     ToSupervisor,
 )
-from server.placement import coordinator_cpus, neighbours
 from server.transport import Channel, Selector, endpoint
 
 API_SOCKET = "api"
@@ -70,7 +68,7 @@ class CoordinatorProcess:
             endpoint(directory, CONTROL_SOCKET), FromSupervisor, bind=True
         )
         self._selector.register(self._control, self._on_control)
-        self._experts = Experts(config.expert_names, self._selector, neighbours(config), self._on_expert)
+        self._experts = Experts(config.expert_names, self._selector, self._on_expert)
         self._counters = Counters(len(config.experts))
         self._coordinator: Coordinator | None = None
         self._status: Status | None = None
@@ -79,9 +77,6 @@ class CoordinatorProcess:
 
     def run(self) -> None:
         warm_up()
-        if cpus := coordinator_cpus(self._config):
-            # This thread alone: the sockets' own threads, already running, must not wait for an engine on these cores.
-            os.sched_setaffinity(0, cpus)
         while not self._stopped and not all(link.up for link in self._experts.links):
             self._selector.dispatch(_IDLE_SECONDS)
         if not self._stopped:

@@ -24,7 +24,7 @@ def run(config: Config, place: Placement, directory: Path) -> None:
     chosen = config.experts[place.expert]
     if place.cpus:
         os.sched_setaffinity(0, place.cpus)
-        # An engine that wakes must not push the coordinator off a core they share before it has woken the others.
+        # An engine that wakes must not push the coordinator off this core before it has woken the other engines too.
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     os.environ.update(environment(chosen, place))
     os.environ["TMPDIR"] = str(directory)  # vLLM's files go when the directory goes, even if this process is killed

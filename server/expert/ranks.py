@@ -32,9 +32,7 @@ def converse(place: Placement, ranks: int, directory: Path) -> Conversation:
     """The conversation of the process at `place`, one of `ranks`."""
     if place.rank:
         return _Follower(directory, place)
-    channel: Channel[ToExpert, FromExpert] = Channel(
-        endpoint(directory, place.socket()), ToExpert, bind=False, spins=place.spins
-    )
+    channel: Channel[ToExpert, FromExpert] = Channel(endpoint(directory, place.socket()), ToExpert, bind=False)
     return _Leader(channel, directory, place, ranks) if ranks > 1 else channel
 
 
