@@ -2,8 +2,8 @@
 
     python deploy/bench/random_model.py build/bench --hidden 512 --layers 8
 
-makes `build/bench/{a,b}` and `build/bench/bench.yaml`. They answer nonsense; only their speed is meant. The tokenizer is the
-demo's.
+makes `build/bench/{a,b}` and `build/bench/bench.yaml`. They answer nonsense; only their speed is meant. The tokenizer
+is the demo's.
 """
 
 import argparse
