@@ -36,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         "gate": {},
         "confidence": {"rule": "select", "by": "confidence"},
     }
-    with serve(demo.configuration(gate={"file": str(gate)}, policies=policies)) as server:
+    with serve(demo.configuration(missing="tail", gate={"file": str(gate)}, policies=policies)) as server:
         yield server
 
 

@@ -156,14 +156,21 @@ def heard(directory: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
-def everything_ended(directory: Path) -> bool:
-    """No expert that wrote its number runs any more, nor any other child of this process."""
+@pytest.fixture
+def earlier() -> set[int]:
+    """Children of this process that other tests left running, such as shared deployments."""
+    return {child.pid for child in multiprocessing.active_children()}
+
+
+def everything_ended(directory: Path, earlier: set[int]) -> bool:
+    """No expert that wrote its number runs any more, nor any other child that this process has started since."""
     pids = [int(path.read_text()) for path in directory.glob("*.pid")]
-    return not multiprocessing.active_children() and not any(alive(pid) for pid in pids)
+    since = {child.pid for child in multiprocessing.active_children()} - earlier
+    return not since and not any(alive(pid) for pid in pids)
 
 
 @pytest.mark.usefixtures("_children")
-def test_a_life_with_two_restarts_and_an_orderly_end(tmp_path):
+def test_a_life_with_two_restarts_and_an_orderly_end(tmp_path, earlier):
     """Expert b dies, expert a hangs; both come back; then SIGTERM: drain, stop, reap."""
     given = config(tmp_path, ("stays", "once"), example_prompt="restart a", limits={"grace_seconds": 3})
     urls, stoppers = [], []
@@ -189,7 +196,7 @@ def test_a_life_with_two_restarts_and_an_orderly_end(tmp_path):
     )
     assert said[-2:] == ["Drain(grace_seconds=3.0)", "Stop()"]
     assert sorted(said[2:-2])[-2:] == ["ExpertUp(expert=0, generation=1)", "ExpertUp(expert=1, generation=1)"]
-    assert everything_ended(tmp_path)
+    assert everything_ended(tmp_path, earlier)
 
 
 @pytest.mark.parametrize(
@@ -211,11 +218,11 @@ def test_a_life_with_two_restarts_and_an_orderly_end(tmp_path):
     ids=["expert", "coordinator", "restarts", "time"],
 )
 @pytest.mark.usefixtures("_children")
-def test_what_cannot_go_on_ends_with_one_line_and_leaves_nothing(tmp_path, models, settings, words):
+def test_what_cannot_go_on_ends_with_one_line_and_leaves_nothing(tmp_path, models, settings, words, earlier):
     supervisor = Supervisor(config(tmp_path, models, **settings), lambda url: None)
     with pytest.raises(StartError, match=f"^{words}$"):
         supervisor.run()
-    assert until(lambda: everything_ended(tmp_path))
+    assert until(lambda: everything_ended(tmp_path, earlier))
     assert not supervisor._directory.exists()
 
 
