@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gate.contract import CONTRACT_ENTRY, CheckpointError, Contract, encode_contract, read_contract
+from gate.contract import CONTRACT_ENTRY, CheckpointError, Contract, encode_contract, read_contract, sha256_file
 
 _DEPRECATED = r"`torch\.jit\.(script|save|load|script_method|freeze|export)`"
 
@@ -54,9 +54,12 @@ def save(module: nn.Module, contract: Contract, path: Path) -> None:
         torch.jit.script(module.eval()).save(str(path), _extra_files=extra)  # type: ignore[no-untyped-call]
 
 
-def load(path: Path, device: str = "cpu") -> Gate:
-    """Loads a checkpoint. Raises CheckpointError when missing, corrupt or without a valid contract."""
+def load(path: Path, device: str = "cpu", sha256: str | None = None) -> Gate:
+    """Loads a checkpoint. Raises CheckpointError when missing, corrupt, without a valid contract, or not the file that
+    `sha256` (hexadecimal) pins."""
     contract = read_contract(path)
+    if sha256 is not None and (found := sha256_file(path)) != sha256:
+        raise CheckpointError(f"{path} has sha256 {found}, expected {sha256}")
     try:
         with _deprecations_silenced():
             module = torch.jit.load(str(path), map_location=device).eval()  # type: ignore[no-untyped-call]

@@ -25,6 +25,9 @@ def check(config: Config) -> list[str]:
     vocabulary = _one_vocabulary(files)
     lines.append(f"vocabulary: the same in all experts ({vocabulary[:12]})")
     lines.append(_check_devices(config))
+    keys = config.http.api_keys_file
+    if keys is not None and not config.path(keys).is_file():
+        raise StartError(f"http.api_keys_file: no file at {keys}")
     lines.append(_check_gate(config, vocabulary, [found.hidden_size for found in files.values()]))
     return lines
 

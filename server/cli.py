@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shlex
 import sys
 from pathlib import Path
 
@@ -68,7 +69,10 @@ def _serve(options: argparse.Namespace) -> int:
     def announce(url: str) -> None:
         body = json.dumps({"messages": [{"role": "user", "content": config.example_prompt}]})
         print(f"{config.name} is ready on {url} ({', '.join(config.expert_names)}; fused by {config.default_policy})")
-        print(f"Try:\n  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'", flush=True)
+        print(
+            f"Try:\n  curl {url}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}",
+            flush=True,
+        )
 
     Supervisor(config, announce).run()
     return 0

@@ -17,7 +17,7 @@ import msgspec
 import yaml
 
 from server.errors import ConfigError
-from server.policy import Gate, Policy, Single, Uniform, Weights, expert_names, needs_gate
+from server.policy import Contrastive, Gate, Policy, Single, Uniform, Weights, expert_names, needs_gate
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 Name = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
@@ -26,6 +26,27 @@ Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB)\s*$")
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+_NOT_ENGINE_ARGS = {
+    "async_scheduling",
+    "disable_log_stats",
+    "distributed_executor_backend",
+    "dtype",
+    "enable_chunked_prefill",
+    "kv_cache_memory_bytes",
+    "logits_processors",
+    "max_model_len",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "model",
+    "scheduling_policy",
+    "skip_tokenizer_init",
+    "speculative_config",
+    "tensor_parallel_size",
+    "use_tqdm_on_load",
+}
+"""What `engine_args` may not set: it has a key of its own, or the rendezvous depends on it."""
 
 
 class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -202,6 +223,8 @@ def policy_problem(policy: Policy, experts: list[str], *, has_gate: bool) -> str
             return "weights: at least one must not be 0"
         if policy.space == "prob" and min(policy.weights.values()) < 0:
             return "weights: must not be negative in space prob"
+    if isinstance(policy, Contrastive) and policy.expert == policy.amateur:
+        return "expert and amateur must differ"
     if isinstance(policy, Gate) and len(experts) < 2:
         return "a gate needs at least two experts"
     return None
@@ -215,6 +238,8 @@ def _expert_problem(expert: ExpertConfig) -> str | None:
         return f"{where}.cpus: device is cuda"
     if expert.gpus is not None and len(expert.gpus) != expert.tensor_parallel_size:
         return f"{where}.gpus: {len(expert.gpus)} given, tensor_parallel_size is {expert.tensor_parallel_size}"
+    if taken := sorted(_NOT_ENGINE_ARGS.intersection(expert.engine_args)):
+        return f"{where}.engine_args: {taken[0]!r} is not free: it has a key of its own or the rendezvous depends on it"
     if expert.kv_cache_memory is not None and not _SIZE.match(expert.kv_cache_memory):
         return f"{where}.kv_cache_memory: {expert.kv_cache_memory!r} is not a size such as 512MiB or 20GiB"
     return None

@@ -33,9 +33,11 @@ def expert_socket(expert: int, generation: int) -> str:
 
 
 def expert_cpus(config: Config) -> list[list[int] | None]:
-    """The cores of each expert: as configured, else the CPU experts take this process's cores in turn."""
-    available = sorted(os.sched_getaffinity(0))
-    on_cpu = [index for index, expert in enumerate(config.experts) if expert.device == "cpu"]
+    """The cores of each expert: as configured; the other CPU experts take this process's remaining cores in turn."""
+    named = {core for expert in config.experts for core in expert.cpus or ()}
+    everywhere = os.sched_getaffinity(0)
+    available = sorted(everywhere - named) or sorted(everywhere)
+    on_cpu = [index for index, expert in enumerate(config.experts) if expert.device == "cpu" and not expert.cpus]
     share: dict[int, list[int]] = {}
     for turn, index in enumerate(on_cpu):
         own = available[turn :: len(on_cpu)] if len(on_cpu) <= len(available) else []

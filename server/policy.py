@@ -9,7 +9,7 @@ Spaces: `logprob` is log p = sum_i c_i log p_i - log Z (any real c_i); `prob` is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -62,7 +62,7 @@ class Contrastive(_Policy, frozen=True, tag="contrastive"):
     expert: str
     amateur: str
     mu: float = 0.5
-    plausibility: float = 0.1
+    plausibility: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.1
 
 
 class Proxy(_Policy, frozen=True, tag="proxy"):
@@ -83,7 +83,7 @@ class FusionRoute(_Policy, frozen=True, tag="fusionroute"):
 class Perplexity(_Policy, frozen=True, tag="perplexity"):
     """w = softmax(-prompt cross-entropy / tau), fixed for the request (PackLLM, arXiv 2404.11531)."""
 
-    tau: float = 1.0
+    tau: Annotated[float, msgspec.Meta(gt=0)] = 1.0
     space: Space = "logprob"
 
 

@@ -20,6 +20,10 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+MOST_PRIORITY = 1 << 20
+"""Bound on a request's priority, either way."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one token is drawn from the fused distribution, in OpenAI's and vLLM's meaning.
@@ -49,7 +53,7 @@ class SequenceRequest:
     `top_logprobs`: None for no log-probabilities, else how many alternatives to return with each token.
     `given`: tokens that follow the prompts and are not drawn, but fused like drawn ones; they count in `max_tokens`.
     `grammar`: what the generated text must match, in llguidance's own text form; its end is marked by an end token of
-    any expert of the deployment. `priority`: lower runs earlier; ties in order of arrival.
+    any expert of the deployment. `priority`: lower runs earlier, within +-MOST_PRIORITY; ties in order of arrival.
     """
 
     id: int

@@ -31,7 +31,7 @@ Outgoing = TypeVar("Outgoing", bound=Message)
 _LENGTH = struct.Struct("<I")
 _CHUNK = 1 << 18
 _RETRY_SECONDS = 0.05
-"""How often a process that waits tries again to reach its peer, and to send what the peer had no room for."""
+"""How often a process that waits tries again to reach its peer."""
 _LINGER_SECONDS = 0.5
 
 
@@ -86,6 +86,15 @@ class Channel(Generic[Incoming, Outgoing]):
                 return
             self._unsent.popleft()
 
+    def deliver(self, timeout: float) -> bool:
+        """Wait until everything sent has left, at most `timeout` seconds; whether it has."""
+        deadline = time.monotonic() + timeout
+        self.flush()
+        while self._unsent and time.monotonic() < deadline:
+            self._sleep(deadline)
+            self.flush()
+        return not self._unsent
+
     def receive(self, timeout: float | None) -> Incoming | None:
         """The next message, or None after `timeout` seconds (None: wait for ever, 0: do not wait)."""
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -121,9 +130,19 @@ class Channel(Generic[Incoming, Outgoing]):
         return None if self._listener is None else self._listener.fileno()
 
     @property
-    def pending(self) -> bool:
-        """Whether something waits to be sent or the peer to be found, which no readable file will tell."""
-        return bool(self._unsent) or (self._socket is None and self._listener is None)
+    def connected(self) -> bool:
+        """Whether the peer was there when it was last looked for."""
+        return self._socket is not None
+
+    @property
+    def interest(self) -> int:
+        """What to poll `fileno` for."""
+        return select.POLLIN | (select.POLLOUT if self._unsent and self._socket is not None else 0)
+
+    @property
+    def alone(self) -> bool:
+        """Whether the peer must be looked for again: no file will tell when it is there."""
+        return self._socket is None and self._listener is None
 
     def close(self) -> None:
         """Close, once what was sent has left or the peer had half a second for it."""
@@ -265,8 +284,8 @@ def _sleep(channels: list[Channel[Any, Any]], timeout: float | None) -> None:
     poller = select.poll()
     for channel in channels:
         if (number := channel.fileno()) is not None:
-            poller.register(number, select.POLLIN)
-        if channel.pending:
+            poller.register(number, channel.interest)
+        if channel.alone:
             timeout = _RETRY_SECONDS if timeout is None else min(timeout, _RETRY_SECONDS)
     poller.poll(None if timeout is None else round(1000 * timeout))
 

@@ -76,9 +76,12 @@ def _keys(config: Config) -> list[str]:
         return keys
     path = config.path(config.http.api_keys_file)
     try:
-        return keys + path.read_text(encoding="utf-8").splitlines()
+        found = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"http.api_keys_file: {path} cannot be read: {type(error).__name__}") from None
+    if not any(key.strip() for key in found):
+        raise ConfigError(f"http.api_keys_file: {path} has no key in it")
+    return keys + found
 
 
 def _completion_routes(services: Services) -> APIRouter:

@@ -73,6 +73,11 @@ class Generation:
         """Whether any sequence has not ended."""
         return bool(self._live)
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is anything left to read, now or later."""
+        return bool(self._live or self._events or self._error)
+
     async def read(self) -> list[Event]:
         """What has arrived, in order; waits for something. Empty after a `nudge`. Raises what `fail` was
         given."""
@@ -90,7 +95,7 @@ class Generation:
 
     def abort(self, *places: int) -> None:
         """Stop these sequences, in one message."""
-        if numbers := [self._live.pop(place) for place in places]:
+        if numbers := [self._live.pop(place) for place in places if place in self._live]:
             self._client.abort(numbers)
 
     def put(self, place: int, token: int, choice: Choice | None) -> None:
@@ -241,6 +246,8 @@ class EngineClient:
 def _failure(ended: Ended) -> RequestError:
     if ended.code == "invalid_grammar":
         return BadRequest(ended.message, code=ended.code)
+    if ended.code == "too_long":
+        return BadRequest(ended.message, code="context_length_exceeded")
     if ended.code == "overloaded":
         return Overloaded(ended.message or "the queue is full")
     return GenerationFailed(ended.message or "the answer could not be finished", code=ended.code or None)

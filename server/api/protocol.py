@@ -27,6 +27,7 @@ from server.api.fields import (
     ToolCalls,
     by_expert,
 )
+from server.request import MOST_PRIORITY
 
 
 class Body(BaseModel):
@@ -155,7 +156,7 @@ class GenerationRequest(Body):
     skip_special_tokens: bool = True
     return_token_ids: bool = False
     response_format: ResponseFormat = ResponseFormat(type="text")
-    priority: int = Field(0, ge=INT64_MIN, le=INT64_MAX)
+    priority: int = Field(0, ge=-MOST_PRIORITY, le=MOST_PRIORITY)
     fusion: Fusion | None = None
     expert_weights: bool = False
 

@@ -79,7 +79,7 @@ class Reply(Response):
 
     async def _whole(self, generation: Generation, scope: Scope, receive: Receive, send: Send) -> None:
         timing = self._metrics.timing()
-        while generation.live:
+        while generation.unfinished:
             _advance(generation, self._job.answers, await generation.read())
             timing.first()
         body = self._job.shape.response(self._job.answers, self._job.usage())
@@ -106,7 +106,7 @@ class Reply(Response):
         shape, answers = self._job.shape, self._job.answers
         timing = self._metrics.timing()
         opened = False
-        while generation.live:
+        while generation.unfinished:
             events = await generation.read()
             if not events:
                 await writer.write(KEEP_ALIVE)

@@ -309,7 +309,8 @@ class Coordinator:
         table, expert = self._table, link.index
         self._drop[expert].clear()
         self._park[expert].clear()
-        table.placed[:, expert] = False
+        # A row it gave before its end cannot be asked about any more: it is computed again.
+        table.placed[:, expert] = table.reported[:, expert] = False
         slots = np.flatnonzero(table.active & table.expected[:, expert])
         if self._config.on_expert_loss == "wait":
             return

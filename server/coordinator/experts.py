@@ -35,6 +35,9 @@ from server.transport import Channel, Selector, endpoint
 Answer = TypeVar("Answer", Gathered, BareDone)
 
 
+_LOOK_SECONDS = 0.2
+
+
 class LinkState(Enum):
     STARTING = "starting"
     UP = "up"
@@ -157,6 +160,7 @@ class Experts:
         All engines are at their rendezvous or idle, so each answers at once. Experts that do not are left out.
         """
         self._gathers += 1
+        wanted = {expert: rows for expert, rows in wanted.items() if self.links[expert].up}
         for expert, (slots, ids) in wanted.items():
             self.links[expert].send(Gather(self._gathers, slots.tobytes(), ids.tobytes()))
         found = {}
@@ -189,7 +193,9 @@ class Experts:
         link = self.links[expert]
         deadline = time.perf_counter() + time_limit
         while link.channel is not None and (left := deadline - time.perf_counter()) > 0:
-            message = link.channel.receive(left)
+            message = link.channel.receive(min(left, _LOOK_SECONDS))
+            if message is None and not link.channel.connected:
+                return None  # its process has ended; the supervisor will say so
             if isinstance(message, kind):
                 return message
             if message is not None:

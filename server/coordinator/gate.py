@@ -74,10 +74,18 @@ class Gate:
         )
 
 
-def load_gate(path: Path, *, experts: list[str], vocabulary_hash: str, top_k: int, hidden_sizes: list[int]) -> Gate:
+def load_gate(
+    path: Path,
+    *,
+    sha256: str | None,
+    experts: list[str],
+    vocabulary_hash: str,
+    top_k: int,
+    hidden_sizes: list[int],
+) -> Gate:
     """Load the checkpoint at `path` for a deployment. Raises StartError naming each field that does not fit."""
     try:
-        checkpoint = load(path)
+        checkpoint = load(path, sha256=sha256)
     except CheckpointError as error:
         raise StartError(f"gate: {error}") from None
     problems = mismatches(

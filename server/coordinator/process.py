@@ -237,6 +237,7 @@ class CoordinatorProcess:
         tokenizer = config.path(config.experts[0].model) / "tokenizer.json"
         return load_gate(
             config.path(config.gate.file),
+            sha256=config.gate.sha256,
             experts=config.expert_names,
             vocabulary_hash=vocabulary_hash(tokenizer),
             top_k=config.top_k,

@@ -107,14 +107,14 @@ class SequenceTable:
         self.active[slot] = True
         self.generated[slot] = 0
         self.given[slot] = len(request.given)
-        self.max_tokens[slot], self.min_tokens[slot] = max_tokens, request.min_tokens
+        self.max_tokens[slot], self.min_tokens[slot] = max_tokens, min(request.min_tokens, max_tokens)
         self.needs_scores[slot] = scores
         self.detailed[slot] = request.top_logprobs is not None or request.expert_weights
         self.top_logprobs[slot] = request.top_logprobs or 0
         sampling = request.sampling
         self.seeds[slot] = sampling.seed
         self.temperature[slot], self.top_p[slot] = sampling.temperature, sampling.top_p
-        self.top_k[slot], self.min_p[slot] = sampling.top_k, sampling.min_p
+        self.top_k[slot], self.min_p[slot] = min(sampling.top_k, self._vocabulary), sampling.min_p
         self.expected[slot] = expected
         self.placed[slot] = self.reported[slot] = self.scored[slot] = False
         self.prompt_lengths[slot] = [len(prompt) for prompt in request.prompts]

@@ -108,5 +108,5 @@ def _projecting_gate(config: Config, expert: ExpertConfig) -> Gate | None:
 
     if config.gate is None:
         return None
-    gate = load(config.path(config.gate.file), device=expert.device)
+    gate = load(config.path(config.gate.file), device=expert.device, sha256=config.gate.sha256)
     return gate if "hidden" in gate.contract.inputs else None

@@ -53,6 +53,9 @@ class _Leader:
         if message is not None:
             for follower in self._followers:
                 follower.send(message)
+            # What a rank has not heard before the next step it would never hear: the ranks wait for each other in it.
+            if not all(follower.deliver(_MEET_SECONDS) for follower in self._followers):
+                raise EngineError(f"a rank did not listen for {_MEET_SECONDS:g} s")
         return message
 
     def close(self) -> None:

@@ -114,7 +114,7 @@ def test_the_private_directory_is_private_and_goes():
         (range(8), [{}, {}], [[0, 2, 4, 6], [1, 3, 5, 7]]),
         (range(3), [{}, {}], [[0, 2], [1]]),
         ([4, 9], [{}, {}, {}], [[4], [9], [4]]),
-        (range(4), [{"cpus": [3]}, {}, {"device": "cuda"}], [[3], [1, 3], None]),
+        (range(4), [{"cpus": [3]}, {}, {"device": "cuda"}], [[3], [0, 1, 2], None]),
         ([0], [{"device": "cuda"}], [None]),
     ],
 )

@@ -6,6 +6,7 @@ import asyncio
 import json
 
 import httpx
+import pytest
 from openai import OpenAI
 
 from tests.server.api.deployment import ASSISTANT, BOS, END, STOP, ids
@@ -264,3 +265,17 @@ async def test_an_incomplete_character_at_the_end(api: Served) -> None:
     lines = await events(await api.chat(stream=True))
     assert whole == "a\ufffd"
     assert "".join(json.loads(line)["choices"][0]["delta"]["content"] for line in lines[:-1]) == whole
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_stop_string_that_the_last_token_completes(api: Served, stream: bool) -> None:
+    """The terminal message is already there when the stop string is found."""
+    api.fake.script = Script(tokens=lambda _: ids("ab"))
+    reply = await api.chat(max_tokens=2, stop=["b"], stream=stream)
+    assert reply.status_code == 200
+    if stream:
+        last = json.loads((await events(reply))[-2])["choices"][0]
+        assert last["finish_reason"] == "stop"
+    else:
+        choice = reply.json()["choices"][0]
+        assert (choice["message"]["content"], choice["finish_reason"]) == ("a", "stop")
