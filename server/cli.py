@@ -64,7 +64,9 @@ def _serve(options: argparse.Namespace) -> int:
     config = load_config(options.config)
     changes = {key: getattr(options, key) for key in ("host", "port") if getattr(options, key) is not None}
     config = msgspec.structs.replace(config, http=msgspec.structs.replace(config.http, **changes))
-    check(config)
+    for line in check(config):
+        if "warning" in line:
+            logging.getLogger("polylogit").warning(line)
 
     def announce(url: str) -> None:
         body = json.dumps({"messages": [{"role": "user", "content": config.example_prompt}]})

@@ -62,7 +62,8 @@ def combine(
     `values` [B, E, U]; `coefficients` [B, E]; `prob_space` [B]: which rows mix probabilities, sum_i w_i p_i, rather
     than log-probabilities, sum_i c_i log p_i. `allowed` [B, U] masks further.
 
-    A candidate that an expert with a negative coefficient did not list has no upper bound, so it is masked.
+    A candidate that an expert with a negative coefficient did not list has no upper bound, so it is masked; but where
+    that leaves nothing, the estimates have to do.
     """
     mask = table.ids >= 0 if allowed is None else (table.ids >= 0) & allowed
     return _combine(values, table.listed, mask, coefficients, prob_space)
@@ -155,25 +156,29 @@ def _combine(values: Float32, listed: Bool, allowed: Bool, coefficients: Float32
     fused = np.full((rows, candidates), -np.inf, np.float32)
     for row in range(rows):
         best = -np.inf
-        for column in range(candidates):
-            if not allowed[row, column]:
-                continue
-            score = 0.0
-            for expert in range(experts):
-                coefficient, value = coefficients[row, expert], values[row, expert, column]
-                if coefficient == 0:
+        for bounded_only in (True, False):
+            for column in range(candidates):
+                if not allowed[row, column]:
                     continue
-                if coefficient < 0 and not (listed[row, expert, column] and value > -np.inf):
-                    score = np.nan
-                elif prob_space[row]:
-                    score += coefficient * np.exp(value)
-                else:
-                    score += coefficient * value
-            if prob_space[row]:
-                score = np.log(score) if score > 0 else -np.inf
-            if score > -np.inf:  # false for NaN too
-                fused[row, column] = score
-                best = max(best, score)
+                score = 0.0
+                for expert in range(experts):
+                    coefficient, value = coefficients[row, expert], values[row, expert, column]
+                    if coefficient == 0:
+                        continue
+                    bounded = value > -np.inf and (listed[row, expert, column] or not bounded_only)
+                    if coefficient < 0 and not bounded:
+                        score = np.nan
+                    elif prob_space[row]:
+                        score += coefficient * np.exp(value)
+                    else:
+                        score += coefficient * value
+                if prob_space[row]:
+                    score = np.log(score) if score > 0 else -np.inf
+                if score > -np.inf:  # false for NaN too
+                    fused[row, column] = score
+                    best = max(best, score)
+            if best > -np.inf:
+                break
         if best > -np.inf:
             total = 0.0
             for column in range(candidates):

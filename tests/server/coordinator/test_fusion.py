@@ -291,3 +291,16 @@ def test_entropy_ignores_impossible_tokens():
     logprobs = np.log(np.array([[[0.75, 0.25, 1.0]]], np.float32))
     logprobs[0, 0, 2] = -np.inf
     assert entropy(logprobs, VOCABULARY)[0, 0] == pytest.approx(scipy_entropy([0.75, 0.25]), rel=1e-5)
+
+
+def test_where_no_candidate_is_listed_by_the_negative_expert_the_estimates_have_to_do():
+    ids = np.array([[[0], [1]]], np.int32)
+    logprobs = np.log(np.array([[[0.9], [0.8]]], np.float32))
+    table = tabulate(ids, logprobs, np.full((1, 1), -1, np.int32), np.full((1, 2, 1), -np.inf, np.float32), 4)
+    values = fill_tail(table, logprobs[:, :, -1], 4)
+    plausible = table.ids == 0  # what only the expert listed
+    coefficients = np.array([[1.0, -0.5]], np.float32)
+    fused = combine(values, table, coefficients, np.zeros(1, bool), plausible)
+    assert fused[0][table.ids[0] == 0] == pytest.approx(0.0)
+    everything = combine(values, table, coefficients, np.zeros(1, bool))
+    assert np.isneginf(everything[0][table.ids[0] == 0])  # token 1 is listed by it, so token 0 stays masked
