@@ -56,6 +56,8 @@ class Round:
 def bench(options: argparse.Namespace) -> int:
     """Run the command with parsed options; the exit code."""
     config = choose_experts(load_config(options.config), options.experts)
+    if options.missing is not None:
+        config = msgspec.structs.replace(config, missing=options.missing)
     counts = [int(count) for count in options.sequences.split(",")]
     if config.limits.sequences < max(counts):
         raise ConfigError(f"limits.sequences is {config.limits.sequences}, fewer than {max(counts)}")
@@ -185,7 +187,8 @@ def _table(config: Config, rounds: list[Round]) -> Table:
 def _write(options: argparse.Namespace, config: Config, rounds: list[Round]) -> None:
     document = {
         "command": f"polylogit bench {options.config} --experts {','.join(config.expert_names)}"
-        f" --sequences {options.sequences} --tokens {options.tokens} --rounds {options.rounds}",
+        f" --missing {config.missing} --sequences {options.sequences}"
+        f" --tokens {options.tokens} --rounds {options.rounds}",
         "versions": {"polylogit": __version__, **_versions(), "python": platform.python_version()},
         "machine": {"processor": _processor(), "cores": os.cpu_count()},
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

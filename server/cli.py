@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure fused decoding beside each expert alone")
     bench.add_argument("config", type=Path, metavar="FILE")
     bench.add_argument("--experts", help="comma-separated names of the experts to use (default: all)")
+    bench.add_argument("--missing", choices=["tail", "exact"], help="instead of the configuration's")
     bench.add_argument("--sequences", default="1,8,32", help="numbers of concurrent sequences (default: %(default)s)")
     bench.add_argument("--tokens", type=int, default=64, help="tokens a sequence in each short run")
     bench.add_argument("--prompt-tokens", type=int, default=32)

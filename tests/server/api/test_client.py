@@ -78,6 +78,19 @@ async def test_leaving_aborts_in_one_message() -> None:
         await link.say(Progress([three[0].id], [1], {}), Ended(three[0].id, FinishReason.STOP))
 
 
+async def test_what_was_not_read_when_the_end_came_is_still_there() -> None:
+    """A client that reads slowly gets its whole answer."""
+    async with talking() as (link, client):
+        with client.start(one := sequences(client, 1)) as generation:
+            end = Ended(one[0].id, FinishReason.LENGTH)
+            await link.say(Progress([one[0].id], [7], {}), end)
+            assert not generation.live and generation.unfinished
+            generation.abort(0)  # a stop string completed by the last token: nothing is left to stop
+            assert await generation.read() == [(0, 7, None), (0, end, None)]
+            assert not generation.unfinished
+        assert [type(message) for message in link.sent] == [Submit]
+
+
 async def test_one_lost_sequence_ends_the_request() -> None:
     async with talking() as (link, client):
         with client.start(two := sequences(client, 2)) as generation:

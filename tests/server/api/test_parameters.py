@@ -59,6 +59,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("seed", 2**70),
     ("seed", 1.5),
     ("priority", 2**64),
+    ("priority", 2**20 + 1),
     ("stop", ""),
     ("stop", ["a", ""]),
     ("stop", ["a"] * 5),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from server.policy import Perplexity
-from server.request import FinishReason
+from server.request import MOST_PRIORITY, FinishReason
 from tests.fakes import Behaviour, FakeEngine
 from tests.server.coordinator.harness import Deployment
 from tests.server.coordinator.reference import cross_entropy, generate, shares
@@ -110,6 +110,12 @@ def test_priority_comes_before_arrival(tmp_path, rng, models):
         deployment.finish(first, late, normal, second, urgent)
         order = [each.id for each in (first, urgent, normal, second, late)]
         assert list(deployment.ended) == order
+
+
+def test_the_largest_priorities_are_numbers_like_others(tmp_path, rng, models):
+    with Deployment(tmp_path, engines_of(models)) as deployment:
+        deployment.run(*(request(rng, max_tokens=2, priority=number) for number in (MOST_PRIORITY, -MOST_PRIORITY)))
+        assert [ended.reason for ended in deployment.ended.values()] == [FinishReason.LENGTH] * 2
 
 
 # --- ends ---

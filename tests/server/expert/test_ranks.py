@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+
 from server.expert.ranks import converse
-from server.messages import BareDone, FromExpert, Gather, Stop, Tick, ToExpert
+from server.messages import Add, BareDone, FromExpert, Gather, Stop, Tick, ToExpert
 from server.placement import Placement
 from server.transport import Channel, endpoint
 
@@ -35,6 +37,26 @@ def test_every_rank_hears_everything_in_order_and_only_the_first_answers(tmp_pat
     assert leader.receive(0.05) is None
     assert coordinator.receive(0.05) is None
     for end in (leader, *followers, coordinator):
+        end.close()
+
+
+def test_a_rank_hears_all_of_a_message_larger_than_the_buffers_before_the_first_acts_on_it(tmp_path):
+    """Else they would wait for each other in the next step."""
+    coordinator: Channel[FromExpert, ToExpert] = Channel(endpoint(tmp_path, "expert-2-3"), FromExpert, bind=True)
+    leader, follower = (converse(place(rank), 2, tmp_path) for rank in range(2))
+    adds = [Add(slot, slot, [100_000] * 5000, 0) for slot in range(64)]  # about 1.6 MB
+    heard: list[ToExpert | None] = []
+    reader = threading.Thread(target=lambda: heard.append(follower.receive(SECONDS)))
+    writer = threading.Thread(
+        target=lambda: (coordinator.send(Tick(1, b"", [], [], adds)), coordinator.deliver(SECONDS))
+    )
+    reader.start()
+    writer.start()
+    assert leader.receive(SECONDS) == Tick(1, b"", [], [], adds)
+    reader.join(SECONDS)  # the leader sends nothing more
+    assert heard == [Tick(1, b"", [], [], adds)]
+    writer.join(SECONDS)
+    for end in (leader, follower, coordinator):
         end.close()
 
 
