@@ -14,7 +14,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -219,6 +219,7 @@ def train(model: LlamaForCausalLM, stage: Stage, batch_size: int, folder: Path) 
 def record_time(path: Path, name: str, seconds: float) -> None:
     """Adds one stage's seconds to the JSON file of times."""
     times = json.loads(path.read_text()) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**times, name: round(seconds, 1)}, indent=2) + "\n")
 
 
@@ -226,18 +227,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--only", nargs="*", help="stages to run, in order; default all")
+    parser.add_argument("--seed", type=int, default=0, help="another one gives other weights and other data")
     parser.add_argument("--work", type=Path, default=Path("build/demo"), help="where the base model is kept")
+    parser.add_argument("--output", type=Path, default=DEMO, help="experts go to OUTPUT/experts, times to OUTPUT/train")
     arguments = parser.parse_args()
-    for stage in stages():
-        if arguments.only and stage.name not in arguments.only:
+    for planned in stages():
+        if arguments.only and planned.name not in arguments.only:
             continue
+        stage = replace(planned, seed=planned.seed + 1000 * arguments.seed)
         torch.manual_seed(stage.seed)
         start = arguments.work / "base"
         base = stage.name == "base"
         model = new_model() if base else LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
-        folder = start if base else DEMO / "experts" / stage.name
+        folder = start if base else arguments.output / "experts" / stage.name
         seconds = train(model, stage, arguments.batch_size, folder)
-        record_time(DEMO / "train" / "times.json", f"expert {stage.name}", seconds)
+        record_time(arguments.output / "train" / "times.json", f"expert {stage.name}", seconds)
 
 
 if __name__ == "__main__":
