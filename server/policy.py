@@ -118,6 +118,18 @@ def participants(policy: Policy, experts: Sequence[str]) -> list[int]:
     return [index for index, name in enumerate(experts) if name in names]
 
 
+def essential(policy: Policy) -> list[str]:
+    """The experts without whom `policy` means nothing: the others only correct or complement what they say."""
+    match policy:
+        case Single(expert=expert) | Contrastive(expert=expert):
+            return [expert]
+        case Proxy(base=base):
+            return [base]
+        case FusionRoute(router=router):
+            return [router]
+    return []
+
+
 def needs_gate(policy: Policy) -> bool:
     """Whether `policy` asks the gate checkpoint."""
     return isinstance(policy, Gate | FusionRoute) or (isinstance(policy, Select) and policy.by == "gate")

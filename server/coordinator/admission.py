@@ -16,7 +16,7 @@ from server.coordinator.experts import ExpertLink
 from server.coordinator.fuser import PolicyBook
 from server.coordinator.fusion import Bool
 from server.coordinator.table import SequenceTable
-from server.policy import Perplexity, participants
+from server.policy import Perplexity, essential, participants
 from server.request import SequenceRequest
 
 _ARRIVALS = 1 << 40
@@ -56,6 +56,10 @@ class WaitingQueue:
             return False
         self._waiting.discard(sequence)
         return True
+
+    def requests(self) -> list[SequenceRequest]:
+        """What waits, in no order."""
+        return [request for _, request in self._heap if request.id in self._waiting]
 
     def clear(self) -> Sequence[int]:
         """Empty the queue; the sequences that were in it."""
@@ -102,16 +106,22 @@ class Admission:
                 policy=self._policies.acquire(request.policy),
                 expected=expected,
                 scores=isinstance(request.policy, Perplexity),
-                max_tokens=min(request.max_tokens, self._context_left(request)),
+                max_tokens=min(request.max_tokens, self.context_left(request)),
             )
+
+    def remove_impossible(self) -> list[int]:
+        """Take out what waits and can no longer run."""
+        gone = [request.id for request in self.waiting.requests() if self._impossible(request)]
+        return [sequence for sequence in gone if self.waiting.remove(sequence)]
 
     def _expected(self, request: SequenceRequest) -> Bool:
         """bool[E]: the experts that `request` will use. Where lost experts are done without, those that are up; a
-        request none of whose experts is up waits for them in the table, where it holds up nobody."""
+        request that lacks an expert essential to its policy, or all, waits in the table, where it holds up nobody."""
         expected = np.zeros(len(self._links), bool)
         expected[participants(request.policy, self._names)] = True
         up = expected & [link.up for link in self._links]
-        return up if self._config.on_expert_loss == "degrade" and up.any() else expected
+        led = all(up[self._names.index(name)] for name in essential(request.policy))
+        return up if self._config.on_expert_loss == "degrade" and up.any() and led else expected
 
     def _has_room(self, request: SequenceRequest, expected: Bool) -> bool:
         """Whether the prompt fits beside what runs in every engine; with nothing running, anything possible does."""
@@ -123,7 +133,7 @@ class Admission:
                     return False
         return True
 
-    def _context_left(self, request: SequenceRequest) -> int:
+    def context_left(self, request: SequenceRequest) -> int:
         """How many tokens can follow the prompt in every engine: its context, and its KV cache if it were alone."""
         left = [
             min(link.info.max_model_len, link.info.kv_tokens) - len(request.prompts[link.index])
@@ -136,6 +146,6 @@ class Admission:
         """Why this request can never run, or None."""
         if any(not request.prompts[index] for index in participants(request.policy, self._names)):
             return "the prompt is empty"
-        if self._context_left(request) < 1:
+        if self.context_left(request) < 1:
             return "the prompt is too long for an expert's context or KV cache"
         return None

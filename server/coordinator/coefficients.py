@@ -24,6 +24,7 @@ from server.policy import (
     Space,
     Uniform,
     Weights,
+    essential,
 )
 
 _HOPELESS = np.float32(-1e30)
@@ -50,16 +51,24 @@ def coefficients(policy: Policy, experts: list[str], evidence: Evidence) -> Floa
     """float32[B, E]: the rule's coefficients, 0 for experts that are not available.
 
     Where the coefficients are shares, the available experts' are rescaled to make up for the lost ones. Where a rule
-    gives positive weight only to experts that are not available, the available ones share equally.
+    gives positive weight only to experts that are not available, the available ones share equally. A row that lacks an
+    expert essential to the rule gets 0 throughout; proxy-tuning without one of its two corrections is the base alone.
     """
     wanted = _rule(policy, experts, evidence)
     available = evidence.available
     if available.all():
         return wanted
+    if isinstance(policy, Proxy):
+        names = (policy.tuned, policy.untuned)
+        whole = available[:, [experts.index(name) for name in names]].all(axis=1, keepdims=True)
+        wanted = np.where(whole, wanted, _constant(Single(policy.base), experts))
     kept = np.where(available, wanted, np.float32(0))
     if isinstance(policy, Gate | Uniform | Weights | Perplexity):
         total, left = wanted.sum(axis=1, keepdims=True), kept.sum(axis=1, keepdims=True)
         kept = kept * np.where((total > 0) & (left > 0), total / np.where(left > 0, left, 1), 1)
+    if leaders := essential(policy):
+        led = available[:, [experts.index(name) for name in leaders]].all(axis=1, keepdims=True)
+        return np.where(led, kept, 0).astype(np.float32)
     equal = available / np.maximum(available.sum(axis=1, keepdims=True), 1)
     bereft = (wanted > 0).any(axis=1, keepdims=True) & ~(kept > 0).any(axis=1, keepdims=True)
     return np.where(bereft, equal, kept).astype(np.float32)

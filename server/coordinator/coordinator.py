@@ -25,6 +25,7 @@ from server.coordinator.sampling import choose, penalise, uniforms
 from server.coordinator.stats import Counters
 from server.coordinator.table import ExpertRows, SequenceTable
 from server.messages import Add, Choice, Ended, Progress, Refused, Report, Scored, ToApi
+from server.policy import essential
 from server.request import FinishReason, SequenceRequest
 
 _GOES_ON, _STOPPED, _TOO_LONG, _BROKEN = range(4)
@@ -316,9 +317,24 @@ class Coordinator:
             return
         if self._config.on_expert_loss == "degrade":
             table.lose(expert, slots)
-            slots = slots[~table.expected[slots].any(axis=1)]
+            slots = slots[[self._bereft(slot, link.name) for slot in slots.tolist()]]
         for slot in slots.tolist():
             self._fail(slot, f"expert {link.name} was lost")
+
+    def _bereft(self, slot: int, lost: str) -> bool:
+        """Whether the sequence in `slot` cannot go on without the expert `lost`."""
+        return lost in essential(self._table.requests[slot].policy) or not self._table.expected[slot].any()
+
+    def refit(self) -> None:
+        """An expert came back, perhaps with a smaller KV cache: what no longer fits ends, the rest keeps within it."""
+        for sequence in self._admission.remove_impossible():
+            self._end(Ended(sequence, FinishReason.ERROR, message="the prompt no longer fits", code="too_long"))
+        table = self._table
+        for slot in table.active_slots().tolist():
+            left = self._admission.context_left(table.requests[slot])
+            table.max_tokens[slot] = min(table.max_tokens[slot], max(left, 0))
+            if table.generated[slot] >= table.max_tokens[slot]:
+                self._fail(slot, "an expert came back with too small a KV cache")
 
     @property
     def running(self) -> int:

@@ -29,8 +29,8 @@ class Fused:
     """Fused distributions of `slots` [B], over the candidates `ids` int32[B, U] (-1: none).
 
     `logprobs` float32[B, U] normalised over the candidates; `coefficients` float32[B, E]; `exact_columns` int64[B, X]:
-    where each row's exact ids stand; `lost` bool[B]: rows that no expert gave a usable distribution for;
-    `ungated` bool[B]: rows whose gate failed.
+    where each row's exact ids stand; `lost` bool[B]: rows for which no expert, or not one that is essential to the
+    policy, gave a usable distribution; `ungated` bool[B]: rows whose gate failed.
     """
 
     slots: Int64
@@ -81,7 +81,7 @@ class Fuser:
             logprobs=fused,
             coefficients=chosen,
             exact_columns=listed.exact_columns,
-            lost=(fused.max(axis=1) == -np.inf) | ~available.any(axis=1),
+            lost=(fused.max(axis=1) == -np.inf) | ~available.any(axis=1) | ~chosen.any(axis=1),
             ungated=ungated,
         )
 

@@ -140,6 +140,8 @@ class CoordinatorProcess:
 
     def _on_expert(self, link: ExpertLink, message: FromExpert) -> None:
         if isinstance(message, Ready):
+            if self._coordinator is not None:
+                self._coordinator.refit()
             self._send_status()
         elif isinstance(message, Scored) and self._coordinator is not None:
             self._coordinator.note_scores(link, message)

@@ -59,6 +59,22 @@ def test_an_expert_may_be_lost_again_and_again(tmp_path, rng, models):
         assert_alone(deployment, requests, [generate(each, models, HALF) for each in requests])
 
 
+def test_an_expert_that_comes_back_smaller_ends_what_no_longer_fits(tmp_path, rng, models):
+    engines = [FakeEngine(models[0]), FakeEngine(models[1], Behaviour(fail_at=4))]
+    with Deployment(tmp_path, engines, on_expert_loss="wait", limits={"sequences": 3}) as deployment:
+        fits, shortened = request(rng), request(rng, max_tokens=60)
+        too_long, waiting = request(rng, (9, 100)), request(rng, (9, 100))
+        deployment.submit(fits, shortened, too_long, waiting)
+        deployment.lose(1)
+        deployment.start(1, FakeEngine(models[1], Behaviour(kv_tokens=64)))
+        deployment.finish(fits, shortened, too_long, waiting)
+        assert_alone(deployment, [fits], [generate(fits, models, HALF)])
+        assert deployment.ended[shortened.id].reason is FinishReason.LENGTH
+        assert len(deployment.tokens[shortened.id]) == 64 - len(shortened.prompts[1])
+        assert deployment.ended[too_long.id].message == "an expert came back with too small a KV cache"
+        assert deployment.ended[waiting.id].code == "too_long"
+
+
 def test_degrade_goes_on_without_the_expert(tmp_path, rng, models):
     """Step n chooses token n - 1, so the first four come from both experts and the rest from the one that is left."""
     engines = [FakeEngine(models[0]), FakeEngine(models[1], Behaviour(fail_at=5))]
@@ -86,6 +102,26 @@ def test_degrade_goes_on_without_the_expert(tmp_path, rng, models):
         deployment.run(again)
         expected = [generate(waiting, models, shares([0, 1])), generate(again, models, HALF)]
         assert_alone(deployment, [waiting, again], expected)
+
+
+def test_degrade_ends_what_stood_on_the_lost_expert_and_keeps_what_it_only_corrected(tmp_path, rng, models):
+    engines = [FakeEngine(models[0]), FakeEngine(models[1], Behaviour(fail_at=5))]
+    with Deployment(tmp_path, engines, on_expert_loss="degrade") as deployment:
+        led, corrected = request(rng, policy=Contrastive("b", "a")), request(rng, policy=Contrastive("a", "b"))
+        deployment.submit(led, corrected)
+        deployment.lose(1)
+        deployment.finish(led, corrected)
+        assert deployment.ended[led.id].reason is FinishReason.ERROR
+        assert deployment.ended[led.id].message == "expert b was lost"
+        assert deployment.ended[corrected.id].reason is not FinishReason.ERROR
+
+        waiting, other = request(rng, policy=Contrastive("b", "a")), request(rng)
+        deployment.submit(waiting)
+        deployment.run(other)
+        assert waiting.id not in deployment.ended
+        deployment.start(1, FakeEngine(models[1]))
+        deployment.finish(waiting)
+        assert deployment.ended[waiting.id].reason is not FinishReason.ERROR
 
 
 def test_fail_ends_the_sequences_of_the_expert_and_no_others(tmp_path, rng, models):
