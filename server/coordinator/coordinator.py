@@ -352,7 +352,7 @@ class Coordinator:
         """End the sequence of a row; its terminal message, to follow its token."""
         slot, sequence = int(drawn.fused.slots[row]), int(drawn.sequences[row])
         if fate == _BROKEN:
-            what = "no expert gave usable probabilities" if drawn.fused.lost[row] else "the gate failed"
+            what = "no usable probabilities" if drawn.fused.lost[row] else "the gate failed"
             ended = Ended(sequence, FinishReason.ERROR, message=what)
         else:
             stopped = fate == _STOPPED

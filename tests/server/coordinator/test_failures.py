@@ -208,15 +208,16 @@ def test_unusable_rows_are_masked_and_counted(tmp_path, rng, models, kind, missi
         assert [expert.masked_rows for expert in deployment.stats().experts] == [0, masked]
 
 
-def test_contrastive_decoding_goes_on_with_the_amateur_alone(tmp_path, rng, models):
-    """Where its expert has nothing to say, also of the tokens that the request names."""
+def test_contrastive_decoding_ends_where_its_expert_has_nothing_to_say(tmp_path, rng, models):
+    """The amateur alone is what the client asked to move away from."""
     engines = [FakeEngine(models[0]), FakeEngine(models[1], Behaviour(nan=lambda tokens: len(tokens) >= 12))]
     with Deployment(tmp_path, engines) as deployment:
         one = request(rng, (9, 9), Contrastive("b", "a", mu=0.3, plausibility=0.0), stop_token_ids=[3, 4])
         deployment.run(one)
-        rest = [{1: 1.0, 0: -0.3}] * 3 + [{0: 1.0}] * 20
-        weigh = lambda said, step: rest[step]  # noqa: E731
-        assert_alone(deployment, [one], [generate(one, models, weigh)])
+        alone = generate(one, models, lambda said, step: {1: 1.0, 0: -0.3})
+        assert deployment.tokens[one.id] == alone.tokens[:3] != alone.tokens
+        ended = deployment.ended[one.id]
+        assert (ended.reason, ended.message) == (FinishReason.ERROR, "no usable probabilities")
 
 
 @pytest.mark.parametrize("fields", [{}, {"stop_token_ids": [3]}, {"logit_bias": {5: 1.0}}], ids=str)
@@ -229,7 +230,7 @@ def test_where_no_expert_has_anything_to_say_the_sequence_ends(tmp_path, rng, mo
         alone = generate(doomed, models, HALF)
         assert len(alone.tokens) > 3
         ended = deployment.ended[doomed.id]
-        assert (ended.reason, ended.message) == (FinishReason.ERROR, "no expert gave usable probabilities")
+        assert (ended.reason, ended.message) == (FinishReason.ERROR, "no usable probabilities")
         assert deployment.tokens[doomed.id] == alone.tokens[:3]
         assert_alone(deployment, [fine], [generate(fine, models, HALF)])
 
