@@ -59,11 +59,13 @@ class RunBare(Message, frozen=True, tag="RunBare"):
 class Choice(Message, frozen=True, tag="Choice"):
     """What a request for log-probabilities or expert weights gets beside one token.
 
-    `logprob` is the chosen token's, natural log, of the fused distribution before penalties and temperature;
-    `top` holds (token id, log-probability), best first; `coefficients` the E fusion coefficients of this token.
+    `logprob` is the chosen token's, natural log, of the fused distribution before penalties and temperature, `rank` its
+    place there, from 1; `top` holds (token id, log-probability), best first; `coefficients` the E fusion coefficients
+    of this token.
     """
 
     logprob: float
+    rank: int
     top: list[tuple[int, float]]
     coefficients: list[float]
 

@@ -52,6 +52,7 @@ class SequenceRequest:
     Generation ends at a token of `stop_token_ids` (at the earliest after `min_tokens`) or at `max_tokens`.
     `top_logprobs`: None for no log-probabilities, else how many alternatives to return with each token.
     `given`: tokens that follow the prompts and are not drawn, but fused like drawn ones; they count in `max_tokens`.
+    What is drawn after them is what would follow the same tokens as part of the prompts.
     `grammar`: what the generated text must match, in llguidance's own text form; its end is marked by an end token of
     any expert of the deployment. `priority`: lower runs earlier, within +-MOST_PRIORITY; ties in order of arrival.
     """

@@ -24,6 +24,23 @@ class Piece:
     choices: list[Choice]
 
 
+class PromptScores:
+    """What is said of a prompt's own tokens but the first, in `choices`: a sequence of which every token is given."""
+
+    def __init__(self) -> None:
+        self.choices: list[Choice] = []
+        self.finish_reason: str | None = None
+        self.cached_tokens = 0
+
+    def push(self, token: int, choice: Choice | None) -> bool:
+        if choice is not None:
+            self.choices.append(choice)
+        return False
+
+    def end(self, ended: Ended) -> None:
+        self.finish_reason = "length"
+
+
 class Answer:
     """`index` is the choice's number in the response; `settled` means that only its end is missing.
 

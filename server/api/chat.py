@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from server.api.answers import Answer, Piece
+from server.api.answers import Answer, Piece, PromptScores
 from server.api.calls import CallStream, Gained
 from server.api.grammar import chat_grammar
-from server.api.prompts import Chat, chat_prompts, room
+from server.api.prompts import Chat, chat_prompts, check_scorable, room
 from server.api.protocol import ChatRequest
 from server.api.reply import Job
 from server.api.sequences import Prompt
@@ -24,6 +24,8 @@ async def chat_job(services: Services, request: ChatRequest, request_id: str) ->
     _check_parser(services, request)
     factory = services.sequences(ensemble, request, await chat_grammar(request))
     prompts = await chat_prompts(ensemble, Chat(request))
+    if request.prompt_logprobs is not None:
+        check_scorable(ensemble, prompts, "prompt_logprobs")
     prompt = Prompt(prompts, room(ensemble, prompts, "messages"))
     shape = ChatShape(
         request,
@@ -78,8 +80,12 @@ class ChatShape(Common):
         called = self._calls and self._calls[answer.index].count
         return "tool_calls" if called and answer.finish_reason == "stop" else answer.finish_reason
 
-    def response(self, answers: Sequence[Answer], usage: Usage) -> bytes:
-        more = {"prompt_token_ids": answers[0].prompt} if self.request.return_token_ids else {}
+    def response(self, answers: Sequence[Answer], scores: Sequence[PromptScores], usage: Usage) -> bytes:
+        more: dict[str, Any] = {}
+        if self.request.return_token_ids:
+            more["prompt_token_ids"] = answers[0].prompt
+        if scores:
+            more["prompt_logprobs"] = self.prompt_logprobs(answers[0].prompt, scores[0])
         return self.envelope([self._choice(answer) for answer in answers], usage, **more)
 
     def _choice(self, answer: Answer) -> dict[str, Any]:

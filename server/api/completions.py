@@ -6,10 +6,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from server.api.answers import Answer, Piece
+from server.api.answers import Answer, Piece, PromptScores
 from server.api.deployment import Ensemble
 from server.api.grammar import completion_grammar
-from server.api.prompts import id_prompts, room, text_prompts
+from server.api.prompts import check_scorable, id_prompts, room, text_prompts
 from server.api.protocol import CompletionRequest
 from server.api.reply import Job
 from server.api.sequences import Prompt
@@ -17,7 +17,6 @@ from server.api.services import Services
 from server.api.shapes import Common, Usage, encode, finite
 from server.config import Limits
 from server.errors import BadRequest
-from server.policy import Perplexity
 
 _MOST_PROMPTS = 1024
 
@@ -41,8 +40,9 @@ async def completion_job(services: Services, request: CompletionRequest, request
 def _check_number(request: CompletionRequest, limits: Limits) -> None:
     """More sequences than can ever run and queue would be refused for ever."""
     most = min(_MOST_PROMPTS, limits.sequences + limits.queue)
-    if len(request.prompt) * request.n > most:
-        raise BadRequest(f"prompt: at most {most} prompts times n", param="prompt")
+    for_each = request.n + (request.prompt_logprobs is not None)
+    if len(request.prompt) * for_each > most:
+        raise BadRequest(f"prompt: at most {most} prompts times {for_each} sequences", param="prompt")
 
 
 async def _prompts(ensemble: Ensemble, request: CompletionRequest) -> list[Prompt]:
@@ -51,20 +51,12 @@ async def _prompts(ensemble: Ensemble, request: CompletionRequest) -> list[Promp
         prompts = await text_prompts(ensemble, texts, add_special_tokens=request.add_special_tokens)
     else:
         prompts = [id_prompts(ensemble, prompt) for prompt in request.prompt if isinstance(prompt, list)]
-    if request.scores_prompt:
-        _check_scorable(ensemble, prompts)
-    return [Prompt(ids, room(ensemble, ids, "prompt"), scored=request.scores_prompt) for ids in prompts]
-
-
-def _check_scorable(ensemble: Ensemble, prompts: list[list[list[int]]]) -> None:
-    """A prompt's tokens get log-probabilities one after another: from two on, and the same for all experts."""
-    if isinstance(ensemble.policy, Perplexity):
-        raise BadRequest("echo with logprobs: the policy perplexity needs the whole prompt at once", param="echo")
     for ids in prompts:
-        if any(own != ids[0] for own in ids):
-            raise BadRequest("echo with logprobs: the experts' tokenizers split this prompt differently", param="echo")
-        if len(ids[0]) < 2:
-            raise BadRequest("echo with logprobs: the prompt has only one token", param="prompt")
+        if request.scores_prompt:
+            check_scorable(ensemble, ids, "echo")
+        if request.prompt_logprobs is not None:
+            check_scorable(ensemble, ids, "prompt_logprobs")
+    return [Prompt(ids, room(ensemble, ids, "prompt"), scored=request.scores_prompt) for ids in prompts]
 
 
 class CompletionShape(Common):
@@ -92,8 +84,13 @@ class CompletionShape(Common):
             extras["prompt_token_ids"] = answer.prompt
         return extras
 
-    def response(self, answers: Sequence[Answer], usage: Usage) -> bytes:
-        return self.envelope([self._choice(answer) for answer in answers], usage)
+    def response(self, answers: Sequence[Answer], scores: Sequence[PromptScores], usage: Usage) -> bytes:
+        choices = [self._choice(answer) for answer in answers]
+        if scores:
+            for choice, answer in zip(choices, answers, strict=True):
+                own = scores[answer.index // self.request.n]
+                choice["prompt_logprobs"] = self.prompt_logprobs(answer.prompt, own)
+        return self.envelope(choices, usage)
 
     def _choice(self, answer: Answer) -> dict[str, Any]:
         piece = answer.take()

@@ -12,6 +12,7 @@ from server.api.deployment import Ensemble, ExpertText
 from server.api.protocol import Conversation, Message
 from server.api.template import Marks
 from server.errors import BadRequest
+from server.policy import Perplexity
 
 _LONG = 8192  # characters from which work leaves the event loop
 
@@ -115,6 +116,17 @@ def room(ensemble: Ensemble, prompts: Sequence[list[int]], param: str) -> int:
     if left < 1:
         raise _too_long(f"{max(map(len, prompts))} tokens", ensemble.max_model_len, param)
     return left
+
+
+def check_scorable(ensemble: Ensemble, prompts: Sequence[list[int]], param: str) -> None:
+    """A prompt's tokens get log-probabilities one after another: from two on, and the same for all experts."""
+    what = "echo with logprobs" if param == "echo" else param
+    if isinstance(ensemble.policy, Perplexity):
+        raise BadRequest(f"{what}: the policy perplexity needs the whole prompt at once", param=param)
+    if any(own != prompts[0] for own in prompts):
+        raise BadRequest(f"{what}: the experts read different prompts here; ask one of them alone", param=param)
+    if len(prompts[0]) < 2:
+        raise BadRequest(f"{what}: the prompt has only one token", param=param)
 
 
 def _too_long(length: str, context: int, param: str) -> BadRequest:

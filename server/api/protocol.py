@@ -155,6 +155,7 @@ class GenerationRequest(Body):
     min_tokens: int = Field(0, ge=0, le=INT64_MAX)
     skip_special_tokens: bool = True
     return_token_ids: bool = False
+    prompt_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat = ResponseFormat(type="text")
     priority: int = Field(0, ge=-MOST_PRIORITY, le=MOST_PRIORITY)
     fusion: Fusion | None = None
@@ -164,6 +165,12 @@ class GenerationRequest(Body):
     def _options_need_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only allowed with stream: true")
+        return self
+
+    @model_validator(mode="after")
+    def _scores_are_no_stream(self) -> Self:
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs is not available with stream: true")
         return self
 
     @model_validator(mode="after")

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.api.answers import Answer
+from server.api.answers import Answer, PromptScores
 from server.api.client import Cached, EngineClient, Event, Generation
 from server.api.faults import error_event
 from server.api.shapes import DONE, KEEP_ALIVE, Shape, Usage
@@ -30,17 +31,21 @@ _EVENT_STREAM = [
 ]
 
 
+Reader = TypeVar("Reader", Answer, Answer | PromptScores)
+
+
 class ClientGone(Exception):
     """The client left or no longer reads: nothing can be sent, nothing is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is to be generated, and for whom. `answers[i]` belongs to `sequences[i]`; `n` of them to each
-    prompt."""
+    """What is to be generated, and for whom. `answers[i]` belongs to `sequences[i]`; `n` of them to each prompt. The
+    sequences after them belong to `scores`: one for each prompt, or none."""
 
     sequences: list[SequenceRequest]
     answers: list[Answer]
+    scores: list[PromptScores]
     n: int
     shape: Shape
     stream: bool
@@ -79,10 +84,11 @@ class Reply(Response):
 
     async def _whole(self, generation: Generation, scope: Scope, receive: Receive, send: Send) -> None:
         timing = self._metrics.timing()
+        readers: list[Answer | PromptScores] = [*self._job.answers, *self._job.scores]
         while generation.unfinished:
-            _advance(generation, self._job.answers, await generation.read())
+            _advance(generation, readers, await generation.read())
             timing.first()
-        body = self._job.shape.response(self._job.answers, self._job.usage())
+        body = self._job.shape.response(self._job.answers, self._job.scores, self._job.usage())
         await Response(body, media_type="application/json")(scope, receive, send)
 
     async def _stream(self, generation: Generation, writer: _Writer) -> None:
@@ -160,9 +166,9 @@ class _Writer:
         self._timer = self._loop.call_later(self._period, self._check)
 
 
-def _advance(generation: Generation, answers: Sequence[Answer], events: Sequence[Event]) -> list[Answer]:
+def _advance(generation: Generation, answers: Sequence[Reader], events: Sequence[Event]) -> list[Reader]:
     """Give each answer its events; those that gained something, in order of their first event."""
-    gained: dict[int, Answer] = {}
+    gained: dict[int, Reader] = {}
     for place, item, choice in events:
         answer = answers[place]
         if answer.finish_reason is not None:

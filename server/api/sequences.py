@@ -23,8 +23,8 @@ class Prompt:
 
 
 class SequenceFactory:
-    """Makes the sequences of one request: n for each prompt, prompt by prompt. `number` gives unused
-    numbers; `grammar` is what each answer must match."""
+    """Makes the sequences of one request: n for each prompt, prompt by prompt, and one for each prompt that is to be
+    scored beside its answers. `number` gives unused numbers; `grammar` is what each answer must match."""
 
     def __init__(
         self,
@@ -50,6 +50,22 @@ class SequenceFactory:
 
     def make(self, prompts: Iterable[Prompt]) -> list[SequenceRequest]:
         return [self._sequence(prompt, choice) for prompt in prompts for choice in range(self._request.n)]
+
+    def scoring(self, prompts: Iterable[Prompt]) -> list[SequenceRequest]:
+        """For `prompt_logprobs`: every token of a prompt but the first is given, nothing is drawn."""
+        return [
+            SequenceRequest(
+                id=self._number(),
+                prompts=self._by_expert([ids[:1] for ids in prompt.ids]),
+                policy=self._choir.policy,
+                max_tokens=len(prompt.ids[0]) - 1,
+                temperatures=self._temperatures,
+                top_logprobs=self._request.prompt_logprobs,
+                given=prompt.ids[0][1:],
+                priority=self._request.priority,
+            )
+            for prompt in prompts
+        ]
 
     def _sequence(self, prompt: Prompt, choice: int) -> SequenceRequest:
         request = self._request

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from server.api.answers import Answer
+from server.api.answers import Answer, PromptScores
 from server.api.client import EngineClient
 from server.api.deployment import Deployment, Ensemble
 from server.api.protocol import GenerationRequest
@@ -46,7 +46,9 @@ class Services:
             )
             for index, sequence in enumerate(sequences)
         ]
-        return Job(sequences, answers, request.n, shape, request.stream)
+        scoring = factory.scoring(prompts) if request.prompt_logprobs is not None else []
+        scores = [PromptScores() for _ in scoring]
+        return Job(sequences + scoring, answers, scores, request.n, shape, request.stream)
 
     def reply(self, job: Job) -> Reply:
         return Reply(job, self.client, self.metrics, self.deployment.config.http)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from server.api.answers import Answer, Piece
+from server.api.answers import Answer, Piece, PromptScores
 from server.api.protocol import GenerationRequest
 from server.api.tokenizer import Tokenizer
 from server.messages import Choice
@@ -54,8 +54,8 @@ class Shape(Protocol):
     def closing(self, usage: Usage) -> bytes:
         """The chunk after the last text, if the client asked for one."""
 
-    def response(self, answers: Sequence[Answer], usage: Usage) -> bytes:
-        """The whole response of a request without streaming."""
+    def response(self, answers: Sequence[Answer], scores: Sequence[PromptScores], usage: Usage) -> bytes:
+        """The whole response of a request without streaming; `scores`: of each prompt, if asked for."""
 
 
 class Common:
@@ -122,6 +122,21 @@ class Common:
     def weights_of(self, choice: Choice) -> dict[str, float]:
         """Expert name -> its coefficient for this token."""
         return dict(zip(self._experts, choice.coefficients, strict=True))
+
+    def prompt_logprobs(self, prompt: list[int], scores: PromptScores) -> list[dict[str, Any] | None]:
+        """vLLM's form: for each token of the prompt, id -> what is said of it and of the alternatives; null for the
+        first."""
+        scored = zip(prompt[1:], scores.choices, strict=True)
+        return [None, *(self._position(token, choice) for token, choice in scored)]
+
+    def _position(self, token: int, choice: Choice) -> dict[str, Any]:
+        entries = {str(token): self._ranked(token, choice.logprob, choice.rank)}
+        for rank, (other, logprob) in enumerate(choice.top, start=1):
+            entries.setdefault(str(other), self._ranked(other, logprob, rank))
+        return entries
+
+    def _ranked(self, token: int, logprob: float, rank: int) -> dict[str, Any]:
+        return {"logprob": finite(logprob), "rank": rank, "decoded_token": self.tokenizer.shown(token).text}
 
     def envelope(self, choices: list[dict[str, Any]], usage: Usage, **more: Any) -> bytes:
         """A whole response."""

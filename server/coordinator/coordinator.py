@@ -383,11 +383,13 @@ class Coordinator:
 
 
 def _choice(drawn: Drawn, row: int, count: int) -> Choice:
-    """The chosen token's log-probability, the `count` best alternatives, and the coefficients."""
+    """The chosen token's log-probability and rank, the `count` best alternatives, and the coefficients."""
     logprobs, ids = drawn.fused.logprobs[row], drawn.fused.ids[row]
+    chosen = logprobs[drawn.columns[row]]
     best = np.argsort(-logprobs, kind="stable")[:count]
     top = [(int(ids[column]), float(logprobs[column])) for column in best if np.isfinite(logprobs[column])]
-    return Choice(float(logprobs[drawn.columns[row]]), top, drawn.fused.coefficients[row].tolist())
+    rank = 1 + int((logprobs > chosen).sum())
+    return Choice(float(chosen), rank, top, drawn.fused.coefficients[row].tolist())
 
 
 @compiled

@@ -239,6 +239,8 @@ class SequenceTable:
         self.forced[slot] = given[place] if place < len(given) else -1
         if given:
             self.exact_ids[slot, self._exact_counts[slot]] = self.forced[slot]
+        if place == len(given):  # what is drawn starts as it does after the same tokens as a prompt
+            self.gate_state[slot] = 0
 
     def _widen_exact(self, columns: int) -> None:
         self.exact_ids = np.pad(self.exact_ids, ((0, 0), (0, columns)), constant_values=-1)

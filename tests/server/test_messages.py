@@ -68,7 +68,7 @@ SAMPLES = {
         RunBare([0, 2], Bare(4, 5, 6)),
     ],
     messages.ToApi: [
-        Progress([4, 5], [0, 9], {4: Choice(-0.5, [(1, -0.5), (2, -1.5)], [0.5, -0.5])}, {5: 16}),
+        Progress([4, 5], [0, 9], {4: Choice(-0.5, 1, [(1, -0.5), (2, -1.5)], [0.5, -0.5])}, {5: 16}),
         Ended(4, FinishReason.STOP, 17),
         Ended(5, FinishReason.ERROR, message="the queue is full", code="overloaded"),
         Status(True, False, {"a": "up", "b": "starting"}),
@@ -121,6 +121,6 @@ def test_no_message_is_left_out():
 
 @pytest.mark.parametrize("union", list(SAMPLES), ids=range(len(SAMPLES)))
 def test_a_message_of_another_conversation_is_refused(union):
-    foreign = Choice(0.0, [], [])
+    foreign = Choice(0.0, 1, [], [])
     with pytest.raises(msgspec.ValidationError):
         msgspec.msgpack.decode(msgspec.msgpack.encode(foreign), type=union)

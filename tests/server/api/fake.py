@@ -122,7 +122,7 @@ class FakeCoordinator:
     def _choice(self, sequence: SequenceRequest, token: int) -> Choice:
         """The token has log-probability -0.5, the id before it -1, the one before that -2 and so on."""
         top = [(token, -0.5), *((max(token - rank, 0), -float(rank)) for rank in range(1, 20))]
-        return Choice(-0.5, top[: sequence.top_logprobs or 0], self.script.coefficients)
+        return Choice(-0.5, 1, top[: sequence.top_logprobs or 0], self.script.coefficients)
 
 
 def _cut(tokens: list[int], sequence: SequenceRequest) -> list[int]:

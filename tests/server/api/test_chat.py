@@ -279,3 +279,15 @@ async def test_a_stop_string_that_the_last_token_completes(api: Served, stream: 
     else:
         choice = reply.json()["choices"][0]
         assert (choice["message"]["content"], choice["finish_reason"]) == ("a", "stop")
+
+
+async def test_prompt_logprobs_where_all_experts_read_the_same(api: Served) -> None:
+    api.fake.script = Script(tokens=lambda sequence: sequence.given or ids("Hi"))
+    answer = (await api.chat(model="duo:math", prompt_logprobs=0)).json()
+    prompt = ids("<|bos|><|user|>Hi<|end|><|assistant|>")
+    first, *others = answer["prompt_logprobs"]
+    assert first is None
+    assert [list(entry) for entry in others] == [[str(token)] for token in prompt[1:]]
+    assert answer["choices"][0]["message"]["content"] == "Hi" and "prompt_logprobs" not in answer["choices"][0]
+    refused = (await api.chat(prompt_logprobs=0)).json()["error"]
+    assert refused["param"] == "prompt_logprobs" and "different prompts" in refused["message"]

@@ -90,8 +90,8 @@ async def test_returned_token_ids(api: Served) -> None:
     assert (choice["prompt_token_ids"], choice["token_ids"]) == ([7, 8], ids("He"))
 
 
-async def test_echo_and_suffix_are_refused_for_now(api: Served) -> None:
-    for field in ({"suffix": "x"}, {"best_of": 2}, {"prompt_logprobs": 1}):
+async def test_what_completions_do_not_offer(api: Served) -> None:
+    for field in ({"suffix": "x"}, {"best_of": 2}):
         answer = await api.complete(**field)
         assert answer.status_code == 400 and answer.json()["error"]["param"] == next(iter(field))
 
@@ -145,18 +145,46 @@ async def test_scored_prompts_come_as_a_stream_too(api: Served) -> None:
     assert values == {0: [None, -0.5, -0.5], 1: [None, -0.5, -0.5, -0.5]}
 
 
+async def test_prompt_logprobs_come_in_the_form_of_vllm(api: Served) -> None:
+    """A sequence beside the answers scores each prompt; the answers are as without."""
+    api.fake.script = replies("xy")
+    body = {"prompt": ["ab", "cde"], "n": 2, "prompt_logprobs": 2, "max_tokens": 2, "seed": 1}
+    answer = (await api.complete(**body)).json()
+    assert [(sequence.prompts[0], sequence.given) for sequence in api.fake.submitted] == [
+        *[(ids("ab"), [])] * 2,
+        *[(ids("cde"), [])] * 2,
+        (ids("a"), ids("b")),
+        (ids("c"), ids("de")),
+    ]
+    assert [sequence.top_logprobs for sequence in api.fake.submitted] == [None] * 4 + [2] * 2
+    first, _, third, _ = answer["choices"]
+    chosen = {"logprob": -0.5, "rank": 1, "decoded_token": "b"}
+    assert first["prompt_logprobs"] == [None, {"98": chosen, "97": {"logprob": -1, "rank": 2, "decoded_token": "a"}}]
+    assert [None if entry is None else list(entry) for entry in third["prompt_logprobs"]] == [
+        None,
+        ["100", "99"],
+        ["101", "100"],
+    ]
+    assert (first["text"], first["logprobs"]) == ("xy", None)
+    assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (5, 8)
+
+
 @pytest.mark.parametrize(
     ("param", "body"),
     [
         ("max_tokens", {"max_tokens": 0}),
         ("max_tokens", {"max_tokens": 0, "echo": True}),
         ("max_tokens", {"max_tokens": 0, "logprobs": 1}),
-        ("prompt", {"prompt": "a", "echo": True, "logprobs": 1}),
+        ("echo", {"prompt": "a", "echo": True, "logprobs": 1}),
+        ("prompt_logprobs", {"prompt": "a", "prompt_logprobs": 1}),
+        ("prompt_logprobs", {"prompt_logprobs": 21}),
+        ("prompt_logprobs", {"prompt_logprobs": -1}),
+        ("prompt_logprobs", {"prompt_logprobs": 0, "stream": True}),
         ("echo", {"echo": True, "response_format": {"type": "json_object"}}),
         ("echo", {"echo": "yes"}),
     ],
 )
-async def test_what_cannot_be_echoed(api: Served, param: str, body: dict[str, object]) -> None:
+async def test_what_cannot_be_echoed_or_scored(api: Served, param: str, body: dict[str, object]) -> None:
     answer = await api.complete(**body)
     assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
     assert api.fake.submitted == []

@@ -97,7 +97,10 @@ REFUSED: list[tuple[str, Any]] = [
     ("audio", {"voice": "x"}),
     ("reasoning_effort", "high"),
     ("use_beam_search", True),
-    ("prompt_logprobs", 0),
+    ("prompt_logprobs", 21),
+    ("prompt_logprobs", -1),
+    ("prompt_logprobs", HOSTILE),
+    ("prompt_logprobs", 1),  # the experts' prompts differ
     ("best_of", 2),
     ("structured_outputs", {"json": {}}),
     ("guided_regex", "(a+)+b"),
