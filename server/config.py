@@ -87,7 +87,8 @@ class GateConfig(_Struct, frozen=True):
 
 
 class Limits(_Struct, frozen=True):
-    """`sequences`: running at once; `queue`: waiting beyond that; times in seconds; `body_bytes`: of one HTTP body."""
+    """`sequences`: running at once; `queue`: waiting beyond that; times in seconds; `body_bytes`: of one HTTP body;
+    `key_requests`, `key_requests_per_minute`: what one API key may have running, and may start (None: no limit)."""
 
     sequences: Positive = 64
     queue: Annotated[int, msgspec.Meta(ge=0)] = 256
@@ -97,6 +98,8 @@ class Limits(_Struct, frozen=True):
     grace_seconds: Annotated[float, msgspec.Meta(ge=0)] = 30.0
     restarts_per_hour: Annotated[int, msgspec.Meta(ge=0)] = 10
     body_bytes: Positive = 4_000_000
+    key_requests: Positive | None = None
+    key_requests_per_minute: Positive | None = None
 
 
 class HttpConfig(_Struct, frozen=True):

@@ -9,6 +9,7 @@
         ├── Unauthorized          401 authentication_error
         ├── NotFound              404 not_found_error
         ├── BodyTooLarge          413 invalid_request_error
+        ├── RateLimited           429 rate_limit_error        (this key runs or starts too many)
         ├── Overloaded            503 overloaded_error        (queue full, draining, not ready)
         └── GenerationFailed      500 server_error            (an expert or the gate was lost on the way)
 
@@ -68,6 +69,17 @@ class NotFound(RequestError):
 class BodyTooLarge(RequestError):
     status = 413
     type = "invalid_request_error"
+
+
+class RateLimited(RequestError):
+    """`retry_after` is in seconds, for the Retry-After header."""
+
+    status = 429
+    type = "rate_limit_error"
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message, code="rate_limit_exceeded")
+        self.retry_after = retry_after
 
 
 class Overloaded(RequestError):

@@ -28,6 +28,7 @@ from server.api.protocol import (
     TokenizeChatRequest,
     TokenizeTextRequest,
 )
+from server.api.quotas import KeyLimited
 from server.api.services import Services
 from server.api.shapes import encode
 from server.api.tokens import detokenize, tokenize
@@ -57,7 +58,12 @@ def create_app(config: Config, client: EngineClient) -> FastAPI:
 def _add_middleware(app: FastAPI, config: Config, metrics: ApiMetrics) -> None:
     """The last one added is the first to see a request."""
     app.add_middleware(BodyLimited, most=config.limits.body_bytes)
-    if digests := key_digests(_keys(config)):
+    digests, limits = key_digests(_keys(config)), config.limits
+    if limits.key_requests or limits.key_requests_per_minute:
+        if not digests:
+            raise ConfigError("limits.key_requests and key_requests_per_minute need keys (http.api_keys_file)")
+        app.add_middleware(KeyLimited, most=limits.key_requests, per_minute=limits.key_requests_per_minute)
+    if digests:
         app.add_middleware(KeyRequired, digests=digests)
     app.add_middleware(Observed, metrics=metrics)
     if origins := config.http.cors_origins:

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.errors import Overloaded, RequestError
+from server.errors import Overloaded, RateLimited, RequestError
 
 _MOST_CHARACTERS = 16_000
 
@@ -33,7 +33,7 @@ def error_event(error: RequestError) -> bytes:
 
 
 def error_response(error: RequestError) -> Response:
-    headers = {"retry-after": str(error.retry_after)} if isinstance(error, Overloaded) else {}
+    headers = {"retry-after": str(error.retry_after)} if isinstance(error, Overloaded | RateLimited) else {}
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     return Response(error_object(error), error.status, headers, media_type="application/json")

@@ -99,25 +99,29 @@ class _Visit:
 
 
 class KeyRequired:
-    """Bearer keys, compared as digests in constant time. /health* needs none."""
+    """Bearer keys, compared as digests in constant time. /health* needs none. The digest goes on as `state.key`."""
 
     def __init__(self, app: ASGIApp, digests: Collection[bytes]) -> None:
         self._app = app
         self._digests = digests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if _is_open(scope) or self._knows(_header(scope, b"authorization")):
+        key = _digest(_header(scope, b"authorization"))
+        if _is_open(scope) or self._knows(key):
+            scope["state"]["key"] = key
             await self._app(scope, receive, send)
             return
         fault = Unauthorized("a valid key is needed, as 'Authorization: Bearer KEY'", code="invalid_api_key")
         await error_response(fault)(scope, receive, send)
 
-    def _knows(self, header: bytes) -> bool:
-        scheme, _, key = header.partition(b" ")
-        if scheme.lower() != b"bearer":
-            return False
-        digest = hashlib.sha256(key.strip()).digest()
+    def _knows(self, digest: bytes) -> bool:
         return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0  # all are compared
+
+
+def _digest(header: bytes) -> bytes:
+    """Of the key in an authorization header; of none, where there is none, it is empty."""
+    scheme, _, key = header.partition(b" ")
+    return hashlib.sha256(key.strip()).digest() if scheme.lower() == b"bearer" else b""
 
 
 def key_digests(keys: Iterable[str]) -> frozenset[bytes]:

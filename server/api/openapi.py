@@ -30,11 +30,12 @@ _WHY = {
     404: "No such model.",
     413: "The body is too long.",
     415: "The body is compressed or not JSON.",
+    429: "This key runs or starts too many requests; see Retry-After.",
     500: "An expert or the gate was lost on the way.",
     503: "Not ready, draining or the queue is full; see Retry-After.",
 }
 _READING = (401, 404)
-_POSTING = (400, 401, 404, 413, 415, 500, 503)
+_POSTING = (400, 401, 404, 413, 415, 429, 500, 503)
 
 
 def errors(*, post: bool) -> dict[int | str, dict[str, Any]]:
