@@ -36,8 +36,8 @@ from server.request import SamplingParams, SequenceRequest
 class Round:
     """One interleaved round: milliseconds per step (median within the run) of each thing compared.
 
-    `parts`: where the fused ticks' time went, mean milliseconds a tick: the slower engine's step up to its report, the
-    exchange (all that no process counts as work), and the coordinator's phases.
+    `parts`: where the fused ticks' time went, mean milliseconds a tick: the phases of
+    `server.coordinator.stats.TickClock`.
     """
 
     sequences: int
@@ -139,14 +139,8 @@ def _parts(before: Stats, after: Stats) -> dict[str, float]:
     """Mean milliseconds of a tick's parts between two snapshots."""
     ticks = max(1, after.ticks - before.ticks)
     whole = 1e3 * (after.tick_seconds.sum - before.tick_seconds.sum) / ticks
-    steps = [
-        1e3 * (late.step_seconds.sum - early.step_seconds.sum) / ticks
-        for early, late in zip(before.experts, after.experts, strict=True)
-    ]
-    parts = {"step": max(steps)}
-    for phase in ("align", "fuse", "sample", "step", "emit"):
-        parts[f"coordinator {phase}"] = 1e3 * (after.phase_seconds[phase] - before.phase_seconds[phase]) / ticks
-    return {"tick": whole, "exchange": whole - sum(parts.values()), **parts}
+    spent = after.phase_seconds.items()
+    return {"tick": whole} | {phase: 1e3 * (late - before.phase_seconds[phase]) / ticks for phase, late in spent}
 
 
 def _parts_table(rounds: list[Round]) -> Table:

@@ -1,24 +1,31 @@
-"""Prometheus text from a coordinator's `Stats` and from what the api process measures itself.
+"""What the api process measures itself, and the text of /metrics: that, and the coordinator's `Stats`.
 
-Nothing here is registered globally, and every label has a bounded set of values: expert names, route
-templates, outcomes, finish reasons, phases.
+Nothing here is registered globally, and every label has a bounded set of values: expert names, route templates,
+outcomes, finish reasons, phases.
 """
 
 from __future__ import annotations
 
+import platform
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from server.messages import ExpertStats, Histogram, Stats
+from server import __version__
+from server.config import Config
+from server.families import gauge, histogram, histograms, stats_families
+from server.messages import Histogram, Stats
 
+OUTCOMES = ("ok", "client_error", "server_error", "disconnected")
+
+_COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5)
-_LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_LONG = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 
 class Buckets:
@@ -45,32 +52,32 @@ class Timing:
         self._since = time.perf_counter()
         self._started = False
 
-    def first(self) -> None:
-        """Something arrived; only the first call counts."""
-        if not self._started:
-            self._started = True
-            self._metrics.first_token.observe(time.perf_counter() - self._since)
-
-    def next(self, tokens: int) -> None:
-        """`tokens` arrived together in a stream: the pause before them is shared out."""
-        if not tokens:
+    def tokens(self, places: Sequence[int]) -> None:
+        """Tokens have arrived together; `places` says which choice each belongs to. The pause before them is shared out
+        among those of the choice that got most."""
+        if not places:
             return
         now = time.perf_counter()
         if self._started:
-            self._metrics.inter_token.observe((now - self._since) / tokens, tokens)
+            steps = max(map(places.count, set(places)))
+            self._metrics.inter_token.observe((now - self._since) / steps, len(places))
         else:
-            self.first()
+            self._started = True
+            self._metrics.first_token.observe(now - self._since)
         self._since = now
 
 
 class ApiMetrics:
-    """What the api process counts about its own requests."""
+    """What the api process counts about its own requests. Series that will surely come are there from the start, so
+    that their first event is an increase."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._process = ProcessCollector(registry=None)
         self.first_token = Buckets(_LONG)
         self.inter_token = Buckets(_SHORT)
-        self._requests: dict[tuple[str, str], int] = {}
-        self._durations: dict[str, Buckets] = {}
+        self._requests = {(route, outcome): 0 for route in _COMPLETIONS for outcome in OUTCOMES}
+        self._durations = {route: Buckets(_LONG) for route in _COMPLETIONS}
         self.in_flight = 0
 
     def timing(self) -> Timing:
@@ -84,113 +91,48 @@ class ApiMetrics:
         self._durations[route].observe(seconds)
 
     def families(self) -> Iterator[Metric]:
+        yield self._build()
+        limits = self._config.limits
+        yield gauge("running_sequences_limit", "Sequences that may be generated at once.", limits.sequences)
+        yield gauge("queued_sequences_limit", "Sequences that may wait beyond those.", limits.queue)
         requests = CounterMetricFamily("polylogit_http_requests", "Finished requests.", labels=["route", "outcome"])
         for labels, count in self._requests.items():
             requests.add_metric(labels, count)
         yield requests
-        yield GaugeMetricFamily("polylogit_http_requests_in_flight", "Requests now served.", value=self.in_flight)
-        duration = _histogram("polylogit_http_request_seconds", "From headers to the last byte.", "route")
-        for route, buckets in self._durations.items():
-            _add(duration, [route], buckets.snapshot())
-        yield duration
-        first = _histogram("polylogit_time_to_first_token_seconds", "From submission to the first token.")
-        _add(first, [], self.first_token.snapshot())
-        yield first
-        inter = _histogram("polylogit_inter_token_seconds", "Between tokens of a stream.")
-        _add(inter, [], self.inter_token.snapshot())
-        yield inter
+        yield gauge("http_requests_in_flight", "Requests now served, this one included.", self.in_flight)
+        durations = {route: buckets.snapshot() for route, buckets in self._durations.items()}
+        yield histograms("http_request_duration_seconds", "From headers to the last byte.", "route", durations)
+        first, inter = self.first_token.snapshot(), self.inter_token.snapshot()
+        yield histogram("time_to_first_token_seconds", "From submission to a request's first token.", first)
+        yield histogram("inter_token_latency_seconds", "Between two tokens of a choice.", inter)
+        yield from self._process.collect()
+
+    def _build(self) -> Metric:
+        labels = {"version": __version__, "python": platform.python_version(), "model": self._config.name}
+        build = GaugeMetricFamily("polylogit_build_info", "What runs.", labels=list(labels))
+        build.add_metric(list(labels.values()), 1)
+        return build
 
 
-def render(api: ApiMetrics, stats: Stats | None, *, ready: bool) -> bytes:
-    """The text of /metrics. `stats` None: the coordinator has not answered yet."""
+def render(api: ApiMetrics, stats: Stats | None, *, age: float, ready: bool) -> bytes:
+    """The text of /metrics. `stats`: the coordinator's last answer, `age` seconds old; None: there is none yet."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Snapshot(api, stats, ready=ready))
+    registry.register(_Snapshot(api, stats, age=age, ready=ready))
     return generate_latest(registry)
 
 
 class _Snapshot(Collector):
     """One scrape."""
 
-    def __init__(self, api: ApiMetrics, stats: Stats | None, *, ready: bool) -> None:
+    def __init__(self, api: ApiMetrics, stats: Stats | None, *, age: float, ready: bool) -> None:
         self._api = api
         self._stats = stats
+        self._age = age
         self._ready = ready
 
     def collect(self) -> Iterable[Metric]:
-        yield GaugeMetricFamily("polylogit_ready", "1 while new requests are accepted.", value=int(self._ready))
+        yield gauge("ready", "1 while new requests are accepted.", int(self._ready))
         yield from self._api.families()
         if self._stats is not None:
-            yield from coordinator_families(self._stats)
-            yield from expert_families(self._stats.experts)
-
-
-def coordinator_families(stats: Stats) -> Iterator[Metric]:
-    counters = {
-        "ticks": ("Lockstep ticks.", stats.ticks),
-        "tokens": ("Tokens generated.", stats.tokens),
-        "parked_sequences": ("Times a sequence was parked to be aligned again.", stats.parked),
-        "readded_sequences": ("Times a parked sequence was added again.", stats.readded),
-        "position_faults": ("Positions on which engines disagreed.", stats.position_faults),
-        "gate_failures": ("Tokens for which the gate failed.", stats.gate_failures),
-    }
-    for name, (text, value) in counters.items():
-        yield CounterMetricFamily(f"polylogit_{name}", text, value=value)
-    yield GaugeMetricFamily("polylogit_running_sequences", "Sequences now generated.", value=stats.running)
-    yield GaugeMetricFamily("polylogit_queued_sequences", "Sequences waiting for admission.", value=stats.queued)
-    finished = CounterMetricFamily("polylogit_finished_sequences", "Ended sequences.", labels=["reason"])
-    for reason, count in stats.finished.items():
-        finished.add_metric([reason], count)
-    yield finished
-    ticks = _histogram("polylogit_tick_seconds", "Duration of a tick.")
-    _add(ticks, [], stats.tick_seconds)
-    yield ticks
-    phases = CounterMetricFamily("polylogit_phase_seconds", "Time in each phase of the ticks.", labels=["phase"])
-    for phase, seconds in stats.phase_seconds.items():
-        phases.add_metric([phase], seconds)
-    yield phases
-
-
-def expert_families(experts: Sequence[ExpertStats]) -> Iterator[Metric]:
-    gauges: dict[str, tuple[str, Callable[[ExpertStats], float]]] = {
-        "up": ("1 while the engine answers.", lambda expert: expert.up),
-        "kv_used_ratio": ("Part of the KV cache in use.", lambda expert: expert.kv_used),
-        "running_sequences": ("Sequences in the engine.", lambda expert: expert.running),
-    }
-    counters: dict[str, tuple[str, Callable[[ExpertStats], float]]] = {
-        "restarts": ("Restarts of the worker.", lambda expert: expert.restarts),
-        "decisive_tokens": ("Tokens for which its share was the largest.", lambda e: e.decisive_tokens),
-        "barrier_wait_seconds": ("Time it waited for slower experts.", lambda e: e.barrier_wait_seconds),
-        "preemptions": ("Preemptions in the engine.", lambda expert: expert.preemptions),
-        "masked_rows": ("Rows without a usable distribution.", lambda expert: expert.masked_rows),
-    }
-    for name, (text, value) in gauges.items():
-        gauge = GaugeMetricFamily(f"polylogit_expert_{name}", text, labels=["expert"])
-        for expert in experts:
-            gauge.add_metric([expert.name], value(expert))
-        yield gauge
-    for name, (text, value) in counters.items():
-        counter = CounterMetricFamily(f"polylogit_expert_{name}", text, labels=["expert"])
-        for expert in experts:
-            counter.add_metric([expert.name], value(expert))
-        yield counter
-    weight = _histogram("polylogit_expert_weight", "Its share of the coefficients, for each token.", "expert")
-    steps = _histogram("polylogit_expert_step_seconds", "Duration of an engine step.", "expert")
-    for expert in experts:
-        _add(weight, [expert.name], expert.weight)
-        _add(steps, [expert.name], expert.step_seconds)
-    yield weight
-    yield steps
-
-
-def _histogram(name: str, text: str, *labels: str) -> HistogramMetricFamily:
-    return HistogramMetricFamily(name, text, labels=labels)
-
-
-def _add(family: HistogramMetricFamily, labels: Sequence[str], histogram: Histogram) -> None:
-    """Prometheus counts cumulatively: each bucket includes those below it."""
-    total = 0
-    buckets: list[tuple[str, float]] = []
-    for bound, count in zip([*histogram.bounds, float("inf")], histogram.counts, strict=True):
-        total += count
-        buckets.append(("+Inf" if bound == float("inf") else repr(bound), total))
-    family.add_metric(labels, buckets, histogram.sum)
+            yield gauge("stats_age_seconds", "Age of the coordinator's figures: it has not answered since.", self._age)
+            yield from stats_families(self._stats)

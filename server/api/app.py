@@ -42,7 +42,7 @@ _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 def create_app(config: Config, client: EngineClient) -> FastAPI:
     """The application. Reads the experts' tokenizers and the keys. Raises StartError."""
-    services = Services(Deployment(config), client, ApiMetrics())
+    services = Services(Deployment(config), client, ApiMetrics(config))
     app = FastAPI(title="polylogit", version=__version__, redoc_url=None)
     app.include_router(_completion_routes(services))
     app.include_router(_model_routes(services.deployment))
@@ -154,7 +154,8 @@ def _operation_routes(services: Services) -> APIRouter:
     @router.get("/metrics", responses=errors(post=False))
     async def metrics() -> Response:
         stats = await client.stats(_STATS_SECONDS)
-        return Response(render(services.metrics, stats, ready=client.ready), media_type=_METRICS_TYPE)
+        text = render(services.metrics, stats, age=client.stats_age, ready=client.ready)
+        return Response(text, media_type=_METRICS_TYPE)
 
     @router.get("/version", responses=errors(post=False))
     async def version() -> Response:

@@ -142,6 +142,7 @@ class EngineClient:
         self._running: dict[int, tuple[Generation, int]] = {}
         self._outbox: asyncio.Queue[FromApi] = asyncio.Queue()
         self._stats: Stats | None = None
+        self._stats_at = 0.0
         self._stats_waiters: set[asyncio.Future[None]] = set()
         self.status: Status | None = None
 
@@ -174,6 +175,11 @@ class EngineClient:
         for number in numbers:
             self._running.pop(number, None)
         self._outbox.put_nowait(Abort(numbers))
+
+    @property
+    def stats_age(self) -> float:
+        """Seconds since the last snapshot came."""
+        return time.monotonic() - self._stats_at
 
     async def stats(self, limit: float) -> Stats | None:
         """A fresh snapshot, or the last one (None: there is none) if none comes within `limit` seconds."""
@@ -223,7 +229,7 @@ class EngineClient:
             case Status():
                 self.status = message
             case Stats():
-                self._stats = message
+                self._stats, self._stats_at = message, time.monotonic()
                 for waiter in self._stats_waiters:
                     if not waiter.done():
                         waiter.set_result(None)

@@ -86,8 +86,9 @@ class Reply(Response):
         timing = self._metrics.timing()
         readers: list[Answer | PromptScores] = [*self._job.answers, *self._job.scores]
         while generation.unfinished:
-            _advance(generation, readers, await generation.read())
-            timing.first()
+            events = await generation.read()
+            timing.tokens(_token_places(events))
+            _advance(generation, readers, events)
         body = self._job.shape.response(self._job.answers, self._job.scores, self._job.usage())
         await Response(body, media_type="application/json")(scope, receive, send)
 
@@ -121,7 +122,7 @@ class Reply(Response):
             if not opened:
                 chunks.insert(0, shape.opening(answers))
                 opened = True
-            timing.next(sum(isinstance(item, int) for _, item, _ in events))
+            timing.tokens(_token_places(events))
             if data := b"".join(chunks):
                 await writer.write(data)
 
@@ -182,6 +183,11 @@ def _advance(generation: Generation, answers: Sequence[Reader], events: Sequence
         elif answer.push(item, choice):
             generation.abort(place)
     return list(gained.values())
+
+
+def _token_places(events: Sequence[Event]) -> list[int]:
+    """The choice of each token among `events`."""
+    return [place for place, item, _ in events if isinstance(item, int)]
 
 
 def _speaks(answer: Answer, shape: Shape) -> bool:

@@ -7,6 +7,7 @@ youngest sequence, and alignment parks it. The watermark keeps that rare.
 from __future__ import annotations
 
 import heapq
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,7 @@ from server.config import Config
 from server.coordinator.experts import ExpertLink
 from server.coordinator.fuser import PolicyBook
 from server.coordinator.fusion import Bool
+from server.coordinator.stats import Accumulator
 from server.coordinator.table import SequenceTable
 from server.policy import Perplexity, essential, participants
 from server.request import SequenceRequest
@@ -28,7 +30,7 @@ class WaitingQueue:
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, SequenceRequest]] = []
-        self._waiting: set[int] = set()
+        self._waiting: dict[int, float] = {}  # sequence -> when it came
         self._arrivals = 0
 
     def __len__(self) -> int:
@@ -38,7 +40,7 @@ class WaitingQueue:
         self._arrivals += 1
         # The order is unique, so requests themselves are never compared.
         heapq.heappush(self._heap, (request.priority * _ARRIVALS + self._arrivals, request))
-        self._waiting.add(request.id)
+        self._waiting[request.id] = time.perf_counter()
 
     def peek(self) -> tuple[int, SequenceRequest] | None:
         """(order, request) of the next to start."""
@@ -46,16 +48,13 @@ class WaitingQueue:
             heapq.heappop(self._heap)
         return self._heap[0] if self._heap else None
 
-    def pop(self) -> None:
-        """Take out what `peek` showed."""
-        self._waiting.discard(heapq.heappop(self._heap)[1].id)
+    def pop(self) -> float:
+        """Take out what `peek` showed; how many seconds it has waited."""
+        return time.perf_counter() - self._waiting.pop(heapq.heappop(self._heap)[1].id)
 
     def remove(self, sequence: int) -> bool:
         """Whether the sequence was waiting; it no longer is."""
-        if sequence not in self._waiting:
-            return False
-        self._waiting.discard(sequence)
-        return True
+        return self._waiting.pop(sequence, None) is not None
 
     def requests(self) -> list[SequenceRequest]:
         """What waits, in no order."""
@@ -72,12 +71,20 @@ class WaitingQueue:
 class Admission:
     """Decides who enters the table."""
 
-    def __init__(self, config: Config, links: list[ExpertLink], table: SequenceTable, policies: PolicyBook) -> None:
+    def __init__(
+        self,
+        config: Config,
+        links: list[ExpertLink],
+        table: SequenceTable,
+        policies: PolicyBook,
+        queue_seconds: Accumulator,
+    ) -> None:
         self._config = config
         self._names = config.expert_names
         self._links = links
         self._table = table
         self._policies = policies
+        self._queue_seconds = queue_seconds
         self.waiting = WaitingQueue()
 
     def enqueue(self, requests: list[SequenceRequest]) -> tuple[str, str] | None:
@@ -99,7 +106,7 @@ class Admission:
             expected = self._expected(request)
             if not self._has_room(request, expected):
                 return
-            self.waiting.pop()
+            self._queue_seconds.add(self.waiting.pop())
             self._table.admit(
                 request,
                 order=order,

@@ -9,7 +9,6 @@ engine, an expert's restart: all are this case, and no tick ever waits for a row
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,11 +62,10 @@ class Coordinator:
         self._fuser = fuser
         self._table = table
         self._counters = counters
-        self._admission = Admission(config, links, table, fuser.policies)
+        self._admission = Admission(config, links, table, fuser.policies, counters.queue_seconds)
         self._drop: list[list[int]] = [[] for _ in links]
         self._park: list[list[int]] = [[] for _ in links]
         self._token_of = np.zeros(len(table.active), np.int32)
-        self._step_started = time.perf_counter()
         self.outbox: list[ToApi] = []
         self.draining = False
 
@@ -75,19 +73,17 @@ class Coordinator:
 
     def tick(self) -> None:
         """One tick, from the engines' reports to the start of their next step. Every stepping engine has reported."""
-        now = time.perf_counter()
+        self._count_reports()
         slots = self._align()
-        now = self._counters.lap("align", now)
+        self._counters.clock.lap("align")
         drawn = self._draw(slots) if slots.size else None
-        now = time.perf_counter()
         ended = self._advance(drawn) if drawn is not None else []
         self._admission.admit()
-        self._count_tick(drawn)
         self._step_engines()
-        now = self._counters.lap("step", now)
+        self._counters.clock.stop()
         if drawn is not None:
             self._emit(drawn, ended)
-            self._counters.lap("emit", now)
+            self._counters.tally.count(drawn.fused.sources, drawn.fused.coefficients)
 
     def _align(self) -> Int64:
         """Keep the rows just reported; the slots that are complete, oldest first. Park the others that reported."""
@@ -129,13 +125,13 @@ class Coordinator:
             self._counters.position_faults += len(misplaced)
         for sequence, cached in report.cached_tokens.items():
             self._table.note_cached(sequence, link.index, cached)
+            self._counters.experts[link.index].cached_tokens += cached
         return kept
 
     def _draw(self, slots: Int64) -> Drawn:
         """Fuse and sample `slots`."""
-        now = time.perf_counter()
         fused = self._fuser.fuse(self._table, slots)
-        now = self._counters.lap("fuse", now)
+        self._counters.clock.lap("fuse")
         positions = self._table.generated[slots]
         numbers = uniforms(self._table.seeds[slots], np.maximum(positions - self._table.given[slots], 0))
         columns = choose(fused.ids, self._scores(fused), self._table.rules(slots), numbers)
@@ -144,10 +140,10 @@ class Coordinator:
         tokens = np.maximum(fused.ids[np.arange(len(slots)), columns], 0)
         wanted = np.flatnonzero(self._table.detailed[slots])
         detailed = [(int(row), int(self._table.top_logprobs[slots[row]])) for row in wanted]
-        self._counters.lap("sample", now)
         sequences = self._table.sequence[slots]
         first = np.flatnonzero(positions == 0)
         cached = {int(sequences[row]): self._table.cached_tokens(slots[row]) for row in first}
+        self._counters.clock.lap("sample")
         return Drawn(fused, columns, tokens, sequences, detailed, cached)
 
     def _scores(self, fused: Fused) -> Float32:
@@ -176,7 +172,6 @@ class Coordinator:
         table.advance(slots, drawn.tokens)
         self._token_of[slots] = drawn.tokens
         self._counters.tokens += len(drawn.tokens)
-        self._counters.count_coefficients(drawn.fused.coefficients)
         fates = _fates(
             drawn.tokens,
             slots,
@@ -228,12 +223,13 @@ class Coordinator:
     def _add(self, slot: int, expert: int) -> Add:
         table = self._table
         request = table.requests[slot]
-        if table.generated[slot]:
-            self._counters.readded += 1
+        tokens = table.tokens_for(slot, expert)
+        self._counters.readded += bool(table.generated[slot])
+        self._counters.experts[expert].prefilled_tokens += len(tokens)
         return Add(
             slot=slot,
             sequence=request.id,
-            tokens=table.tokens_for(slot, expert),
+            tokens=tokens,
             priority=int(table.order[slot]),
             exact_ids=table.exact_ids_of(slot),
             temperature=request.temperatures[expert] if request.temperatures else 1.0,
@@ -253,19 +249,19 @@ class Coordinator:
         self.outbox.append(Progress(sequences, tokens, choices, drawn.cached))
         self.outbox += ended
 
-    def _count_tick(self, drawn: Drawn | None) -> None:
-        """A tick lasts from one start of the engines' steps to the next; an engine that is done waits for the last."""
-        now = time.perf_counter()
-        if drawn is not None:
-            self._counters.ticks += 1
-            self._counters.tick_seconds.add(now - self._step_started)
-        self._step_started = now
-        last = max(link.arrived_at for link in self._links)
-        for link in self._links:
-            if link.report is not None:
-                counters = self._counters.experts[link.index]
-                counters.barrier_wait_seconds += last - link.arrived_at
-                counters.step_seconds.add(link.report.step_seconds)
+    def _count_reports(self) -> None:
+        """An engine that has done its step waits for the last one. Without any report this is no tick."""
+        reports = [(link, link.report) for link in self._links if link.report is not None]
+        self._counters.clock.start(max((report.step_seconds for _, report in reports), default=None))
+        if not reports:
+            return
+        self._counters.ticks += 1
+        slowest = max((link for link, _ in reports), key=lambda link: link.arrived_at)
+        for link, report in reports:
+            counters = self._counters.experts[link.index]
+            counters.barrier_wait_seconds += slowest.arrived_at - link.arrived_at
+            counters.step_seconds.add(report.step_seconds)
+        self._counters.experts[slowest.index].slowest_ticks += len(reports) > 1
 
     # --- sequences come and go ---
 

@@ -6,7 +6,6 @@ The only place where the pure arithmetic of `fusion` and `coefficients` meets th
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +17,7 @@ from server.coordinator.fusion import Bool, Float32, Int32, Int64, Table, combin
 from server.coordinator.gate import Gate
 from server.coordinator.stats import Counters
 from server.coordinator.table import SequenceTable
+from server.coordinator.tally import Sources
 from server.policy import Policy, needs_gate
 
 LookUp = Callable[[dict[int, tuple[Int32, Int32]]], dict[int, Float32]]
@@ -30,7 +30,8 @@ class Fused:
 
     `logprobs` float32[B, U] normalised over the candidates; `coefficients` float32[B, E]; `exact_columns` int64[B, X]:
     where each row's exact ids stand; `lost` bool[B]: rows for which no expert, or not one that is essential to the
-    policy, gave a usable distribution; `ungated` bool[B]: rows whose gate failed.
+    policy, gave a usable distribution; `ungated` bool[B]: rows whose gate failed; `sources`: what all this was made
+    from.
     """
 
     slots: Int64
@@ -40,6 +41,7 @@ class Fused:
     exact_columns: Int64
     lost: Bool
     ungated: Bool
+    sources: Sources
 
 
 class Fuser:
@@ -68,9 +70,8 @@ class Fuser:
         exact = table.exact_logprobs[slots]
         available = table.expected[slots] & table.usable[slots]
         self._mask_unusable(table, slots, ids, logprobs, exact, available)
-        listed = tabulate(ids, logprobs, table.exact_ids[slots], exact, self._vocabulary)
-        if self._missing == "exact":
-            listed = self._look_up_missing(slots, listed, available)
+        found = tabulate(ids, logprobs, table.exact_ids[slots], exact, self._vocabulary)
+        listed = self._look_up_missing(slots, found, available) if self._missing == "exact" else found
         values = fill_tail(listed, logprobs[:, :, -1], self._vocabulary)
         gated, ungated = self._run_gate(table, slots, ids, logprobs)
         chosen, prob_space, allowed = self._apply_rules(table, slots, logprobs, values, available, gated)
@@ -83,6 +84,7 @@ class Fuser:
             exact_columns=listed.exact_columns,
             lost=(fused.max(axis=1) == -np.inf) | ~available.any(axis=1) | ~chosen.any(axis=1),
             ungated=ungated,
+            sources=Sources(ids, logprobs, available, found, prob_space, self._vocabulary),
         )
 
     def _mask_unusable(
@@ -102,9 +104,11 @@ class Fuser:
         rows_of = {int(e): np.flatnonzero(lacking[:, e]) for e in np.flatnonzero(lacking.any(axis=0))}
         if not rows_of:
             return found
+        self._counters.clock.lap("fuse")
         answers = self._look_up(
             {e: (slots[rows].astype(np.int32), np.ascontiguousarray(found.ids[rows])) for e, rows in rows_of.items()}
         )
+        self._counters.clock.lap("look_up")
         logprobs, listed = found.logprobs.copy(), found.listed.copy()
         for expert, answer in answers.items():
             rows = rows_of[expert]
@@ -121,13 +125,13 @@ class Fuser:
         asked = np.flatnonzero(self.policies.gated(table.policy[slots]))
         if not asked.size:
             return gated, ungated
-        started = time.perf_counter()
+        self._counters.clock.lap("fuse")
         rows = slots[asked]
         output = self._gate(logprobs[asked], ids[asked], table.projected[rows], table.gate_state[rows])
         table.gate_state[rows] = output.state
         self._counters.gate_failures += int(output.failed.sum())
         gated[asked], ungated[asked] = output.coefficients, output.failed
-        self._counters.phase_seconds["gate"] += time.perf_counter() - started
+        self._counters.clock.lap("gate")
         return gated, ungated
 
     def _apply_rules(

@@ -11,6 +11,7 @@ from server.coordinator.coordinator import Coordinator
 from server.coordinator.experts import ExpertLink, Experts, LinkState
 from server.coordinator.fuser import Fuser, LookUp
 from server.coordinator.gate import Gate, load_gate
+from server.coordinator.snapshot import snapshot
 from server.coordinator.stats import Counters
 from server.coordinator.table import SequenceTable
 from server.coordinator.warmup import warm_up
@@ -22,7 +23,6 @@ from server.messages import (
     Drain,
     Drained,
     ExpertDown,
-    ExpertStats,
     ExpertUp,
     FromApi,
     FromExpert,
@@ -33,7 +33,6 @@ from server.messages import (
     RestartExpert,
     RunBare,
     Scored,
-    Stats,
     Status,
     Stop,
     Submit,
@@ -104,11 +103,9 @@ class CoordinatorProcess:
 
     def _await_reports(self) -> None:
         """The barrier. An engine that does not report in time is given up."""
-        started = time.perf_counter()
         limit = self._config.limits.tick_seconds
         for link in self._experts.collect(limit):
             self._give_up(link, f"no answer for {limit:g} s")
-        self._counters.lap("engine", started)
 
     # --- what arrives ---
 
@@ -134,7 +131,7 @@ class CoordinatorProcess:
             case Abort(sequences=sequences):
                 coordinator.abort(sequences)
             case GetStats():
-                self._api.send(self._stats(coordinator))
+                self._api.send(snapshot(self._counters, coordinator, self._experts.links))
             case RunBare(experts=experts, bare=bare):
                 self._api.send(BareTimes(self._experts.bare(experts, bare, self._config.limits.start_seconds)))
 
@@ -244,37 +241,4 @@ class CoordinatorProcess:
             vocabulary_hash=vocabulary_hash(tokenizer),
             top_k=config.top_k,
             hidden_sizes=hidden_sizes,
-        )
-
-    def _stats(self, coordinator: Coordinator) -> Stats:
-        counters = self._counters
-        return Stats(
-            ticks=counters.ticks,
-            tokens=counters.tokens,
-            running=coordinator.running,
-            queued=coordinator.waiting,
-            parked=counters.parked,
-            readded=counters.readded,
-            position_faults=counters.position_faults,
-            gate_failures=counters.gate_failures,
-            finished=dict(counters.finished),
-            tick_seconds=counters.tick_seconds.snapshot(),
-            phase_seconds=counters.phase_seconds,
-            experts=[self._expert_stats(link) for link in self._experts.links],
-        )
-
-    def _expert_stats(self, link: ExpertLink) -> ExpertStats:
-        counters = self._counters.experts[link.index]
-        return ExpertStats(
-            name=link.name,
-            up=link.up,
-            restarts=link.restarts,
-            weight=self._counters.shares(link.index),
-            decisive_tokens=self._counters.decisive(link.index),
-            step_seconds=counters.step_seconds.snapshot(),
-            barrier_wait_seconds=counters.barrier_wait_seconds,
-            kv_used=link.load.kv_used if link.load else 0.0,
-            running=link.load.running if link.load else 0,
-            preemptions=link.load.preemptions if link.load else 0,
-            masked_rows=counters.masked_rows,
         )

@@ -1,4 +1,4 @@
-"""What the coordinator counts, and the `Stats` snapshot it answers with. Cheap enough for every tick."""
+"""What the coordinator counts. Cheap enough for every tick; `server.coordinator.snapshot` makes `Stats` of it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 
-import numpy as np
-
-from server.coordinator.compiled import compiled
-from server.coordinator.fusion import Float32, Float64, Int64
+from server.coordinator.tally import TokenTally
 from server.messages import Histogram
 
 SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.024, 4.096)
-SHARES = tuple(round(0.05 * step, 2) for step in range(1, 21))
+QUEUE_SECONDS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+PHASES = ("engine", "exchange", "align", "fuse", "look_up", "gate", "sample", "send")
 
 
 class Accumulator:
@@ -33,13 +31,58 @@ class Accumulator:
         return Histogram(self._bounds, list(self._counts), self._sum)
 
 
+class TickClock:
+    """Where the time goes. A tick lasts from one start of the engines' steps to the next, and each moment of it belongs
+    to one phase:
+
+    `engine`: the slowest engine's step, up to its report; `exchange`: the rest of the wait for the reports (messages,
+    the end of the engines' last step, and the coordinator's own work meanwhile); `align`; `fuse`, but for what is in
+    `look_up` (exact log-probabilities from the experts) and `gate`; `sample`; `send` (append, admit, tell the engines).
+    """
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.ticks = Accumulator(SECONDS)
+        self._started = self._lapped = time.perf_counter()
+        self._ticking = False
+
+    def start(self, slowest: float | None) -> None:
+        """All reports are there; the slowest engine took `slowest` seconds for its step. None: no engine had one to do,
+        so that this is no tick."""
+        self._ticking = slowest is not None
+        waited = self.lap("exchange")
+        if slowest is None:
+            return
+        engine = min(slowest, waited)
+        self.seconds["engine"] += engine
+        self.seconds["exchange"] -= engine
+
+    def lap(self, phase: str) -> float:
+        """The time since the last lap, now that phase's."""
+        now = time.perf_counter()
+        passed, self._lapped = now - self._lapped, now
+        if self._ticking:
+            self.seconds[phase] += passed
+        return passed
+
+    def stop(self) -> None:
+        """The engines start their next step."""
+        self.lap("send")
+        if self._ticking:
+            self.ticks.add(self._lapped - self._started)
+        self._started = self._lapped
+
+
 class ExpertCounters:
     """One expert's counters."""
 
     def __init__(self) -> None:
         self.step_seconds = Accumulator(SECONDS)
         self.barrier_wait_seconds = 0.0
+        self.slowest_ticks = 0
         self.masked_rows = 0
+        self.prefilled_tokens = 0
+        self.cached_tokens = 0
 
 
 class Counters:
@@ -53,40 +96,7 @@ class Counters:
         self.position_faults = 0
         self.gate_failures = 0
         self.finished: Counter[str] = Counter()
-        self.tick_seconds = Accumulator(SECONDS)
-        self.phase_seconds: dict[str, float] = dict.fromkeys(
-            ("engine", "align", "fuse", "gate", "sample", "step", "emit"), 0.0
-        )
+        self.queue_seconds = Accumulator(QUEUE_SECONDS)
+        self.clock = TickClock()
+        self.tally = TokenTally(experts)
         self.experts = [ExpertCounters() for _ in range(experts)]
-        self._share_counts = np.zeros((experts, len(SHARES) + 1), np.int64)
-        self._share_sums = np.zeros(experts, np.float64)
-        self._decisive = np.zeros(experts, np.int64)
-
-    def lap(self, phase: str, started: float) -> float:
-        """Add the time since `started` to a phase of the tick; now."""
-        now = time.perf_counter()
-        self.phase_seconds[phase] += now - started
-        return now
-
-    def count_coefficients(self, coefficients: Float32) -> None:
-        """Count the coefficients [B, E] of B tokens as shares |c_i| / sum_j |c_j|; the largest share was decisive."""
-        _count_shares(coefficients, self._share_counts, self._share_sums, self._decisive)
-
-    def shares(self, expert: int) -> Histogram:
-        return Histogram(list(SHARES), self._share_counts[expert].tolist(), float(self._share_sums[expert]))
-
-    def decisive(self, expert: int) -> int:
-        return int(self._decisive[expert])
-
-
-@compiled
-def _count_shares(coefficients: Float32, counts: Int64, sums: Float64, decisive: Int64) -> None:
-    """Enter shares into histograms `counts` [E, bins] of width 1/20, `sums` [E] and `decisive` [E]."""
-    for row in range(len(coefficients)):
-        total = np.abs(coefficients[row]).sum()
-        if total > 0:
-            decisive[np.argmax(np.abs(coefficients[row]))] += 1
-            for expert in range(coefficients.shape[1]):
-                share = abs(coefficients[row, expert]) / total
-                counts[expert, max(0, int(np.ceil(share * 20 - 1e-5)) - 1)] += 1
-                sums[expert] += share

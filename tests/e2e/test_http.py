@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -348,6 +349,9 @@ def test_sigterm_lets_a_running_answer_finish(server: Served) -> None:
     refused = server.http.post("/v1/chat/completions", json={"messages": QUESTION})
     assert (refused.status_code, refused.json()["error"]["type"]) == (503, "overloaded_error")
     assert "retry-after" in refused.headers
+    started = time.monotonic()
+    assert server.metrics()["polylogit_ready"] == 0
+    assert time.monotonic() - started < 1
     chunks = list(stream)
     text += "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert text == expected

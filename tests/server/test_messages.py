@@ -20,6 +20,7 @@ from server.messages import (
     ExpertDown,
     ExpertStats,
     ExpertUp,
+    Fusion,
     Gather,
     Gathered,
     GetStats,
@@ -57,7 +58,8 @@ REQUEST = SequenceRequest(
 )
 HISTOGRAM = Histogram([0.1, 1.0], [3, 0, 2], 4.5)
 LOAD = Load(0.25, 3, 1)
-EXPERT = ExpertStats("a", True, 2, HISTOGRAM, 5, HISTOGRAM, 0.5, 0.25, 3, 1, 7)
+EXPERT = ExpertStats("a", True, "0.32.0", 2, HISTOGRAM, 5, HISTOGRAM, 0.5, 4, 0.25, 1024, 3, 1, 7, 70, 32)
+FUSION = Fusion(18, 6, {"certain": 12, "open": 6}, HISTOGRAM)
 
 SAMPLES = {
     messages.FromApi: [
@@ -72,7 +74,7 @@ SAMPLES = {
         Ended(4, FinishReason.STOP, 17),
         Ended(5, FinishReason.ERROR, message="the queue is full", code="overloaded"),
         Status(True, False, {"a": "up", "b": "starting"}),
-        Stats(1, 2, 3, 4, 5, 6, 7, 8, {"stop": 2}, HISTOGRAM, {"fuse": 0.5}, [EXPERT]),
+        Stats(1, 2, 3, 4, 5, 6, 7, 8, {"stop": 2}, HISTOGRAM, HISTOGRAM, {"fuse": 0.5}, FUSION, [EXPERT]),
         BareTimes({0: [0.1, 0.2], 3: []}),
         Stop(),
     ],

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import time
+from pathlib import Path
+from typing import Any
 
+from tests import promtool
 from tests.server.api.deployment import CONTEXT, END, ids
 from tests.server.api.fake import Script
 from tests.server.api.serving import Served
@@ -57,18 +61,53 @@ async def test_metrics(api: Served) -> None:
 async def test_metrics_series_are_bounded(api: Served) -> None:
     await api.http.get("/metrics")
     before = len((await api.http.get("/metrics")).text.splitlines())
-    for number in range(50):
-        await api.chat(model=f"made-up-{number}")
+    for number in range(1000):
+        assert (await api.chat(model=f"made-up-{number}")).status_code == 404
         await api.http.get(f"/path/{number}")
-    after = len((await api.http.get("/metrics")).text.splitlines())
-    assert after - before < 40
+    after = (await api.http.get("/metrics")).text
+    assert "made-up" not in after
+    assert len(after.splitlines()) - before < 40
+
+
+async def test_metrics_follow_the_naming_rules(api: Served) -> None:
+    await api.chat(stream=True)
+    promtool.run("check", "metrics", stdin=(await api.http.get("/metrics")).text)
+
+
+async def test_the_pause_between_tokens_is_that_of_a_choice(api: Served) -> None:
+    """Four choices that grow together are no faster than one."""
+
+    async def mean_pause(**body: Any) -> float:
+        before = await inter_token(api)
+        await api.chat(max_tokens=8, **body)
+        seconds, tokens = (late - early for late, early in zip(await inter_token(api), before, strict=True))
+        assert tokens == 7 * body.get("n", 1)
+        return seconds / tokens
+
+    api.fake.script = Script(pause=0.02)
+    assert await mean_pause() > 0.02
+    assert await mean_pause(n=4) > 0.02
+    assert await mean_pause(n=4, stream=True) > 0.02
+
+
+async def inter_token(api: Served) -> tuple[float, float]:
+    """(seconds, tokens) so far."""
+    lines = (await api.http.get("/metrics")).text.splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if line.startswith("polylogit_inter_token_latency_seconds_"))
+    name = "polylogit_inter_token_latency_seconds"
+    return float(values[f"{name}_sum"]), float(values[f"{name}_count"])
 
 
 async def test_metrics_without_an_answer_from_the_coordinator(api: Served) -> None:
+    """The last figures, and how old they are."""
+    await api.http.get("/metrics")
     api.fake.script = Script(stats=False)
     start = time.perf_counter()
-    assert (await api.http.get("/metrics")).status_code == 200
+    lines = (await api.http.get("/metrics")).text.splitlines()
     assert time.perf_counter() - start < 1
+    assert "polylogit_ticks_total 10.0" in lines
+    age = next(line for line in lines if line.startswith("polylogit_stats_age_seconds"))
+    assert float(age.split()[1]) >= 0.5
 
 
 async def test_documentation(api: Served) -> None:
@@ -80,3 +119,14 @@ async def test_documentation(api: Served) -> None:
     assert "messages" in schema["components"]["schemas"]["ChatRequest"]["properties"]
     assert (await api.http.get("/docs")).status_code == 200
     assert (await api.http.get("/version")).json()["version"]
+
+
+async def test_every_metric_is_described(api: Served) -> None:
+    guide = (Path(__file__).parents[3] / "deploy" / "README.md").read_text(encoding="utf-8")
+    await api.http.get("/metrics")
+    text = (await api.http.get("/metrics")).text
+    names = re.findall(r"^# TYPE (polylogit_\w+)", text, re.MULTILINE)
+    assert len(names) > 40
+    described = set(re.findall(r"polylogit_\w+", guide))
+    described |= {f"{name}_limit" for name in described}
+    assert not [name for name in names if name not in described]

@@ -1,0 +1,51 @@
+"""All counters as one `Stats`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from server.coordinator.coordinator import Coordinator
+from server.coordinator.experts import ExpertLink
+from server.coordinator.stats import Counters
+from server.messages import ExpertStats, Load, Stats
+
+
+def snapshot(counters: Counters, coordinator: Coordinator, links: Sequence[ExpertLink]) -> Stats:
+    return Stats(
+        ticks=counters.ticks,
+        tokens=counters.tokens,
+        running=coordinator.running,
+        queued=coordinator.waiting,
+        parked=counters.parked,
+        readded=counters.readded,
+        position_faults=counters.position_faults,
+        gate_failures=counters.gate_failures,
+        finished=dict(counters.finished),
+        queue_seconds=counters.queue_seconds.snapshot(),
+        tick_seconds=counters.clock.ticks.snapshot(),
+        phase_seconds=dict(counters.clock.seconds),
+        fusion=counters.tally.snapshot(),
+        experts=[_expert(counters, link) for link in links],
+    )
+
+
+def _expert(counters: Counters, link: ExpertLink) -> ExpertStats:
+    own, load = counters.experts[link.index], link.load or Load(0.0, 0, 0)
+    return ExpertStats(
+        name=link.name,
+        up=link.up,
+        engine=link.info.version if link.info else "",
+        restarts=link.restarts,
+        weight=counters.tally.shares(link.index),
+        decisive_tokens=counters.tally.decisive(link.index),
+        step_seconds=own.step_seconds.snapshot(),
+        barrier_wait_seconds=own.barrier_wait_seconds,
+        slowest_ticks=own.slowest_ticks,
+        kv_used=load.kv_used,
+        kv_tokens=link.info.kv_tokens if link.info else 0,
+        running=load.running,
+        preemptions=load.preemptions,
+        masked_rows=own.masked_rows,
+        prefilled_tokens=own.prefilled_tokens,
+        cached_tokens=own.cached_tokens,
+    )
