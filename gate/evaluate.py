@@ -1,139 +1,205 @@
-"""Accuracy of served models on a prompts file: `python -m gate.evaluate`.
+"""Accuracy of served models on a file of prompts, asked through an OpenAI-compatible HTTP endpoint.
 
-Every answer comes through an OpenAI-compatible HTTP endpoint, greedily; a prompt is right when the whole
-answer equals the expected text. Knows nothing of experts, gates or how the endpoint makes its answers.
+Every answer is greedy, graded as a whole and kept. Knows nothing of experts, gates or how the endpoint makes its
+answers; `gate.report` makes tables and plots of what is written here.
 """
 
-import argparse
 import asyncio
+import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-TIMEOUT_SECONDS = 120.0
+TIMEOUT_SECONDS = 300.0
+FORMAT = 1
+
+Grader = Callable[[str, dict[str, Any]], float]
+"""(the answer's text, the prompt's row) -> reward; an answer is right from one half on."""
+
+
+class EvaluationError(ValueError):
+    """An endpoint refuses or does not answer, or a file does not fit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One line of a prompts file."""
+    """One line of a prompts file; `row` is all of it, for the grader."""
 
     number: str
     domain: str
     messages: list[dict[str, str]]
-    answer: str
+    row: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What one model answered to one question."""
+class Answers(msgspec.Struct):
+    """What one model answered to the questions, in their order. `right` holds 0 or 1."""
 
-    question: Question
-    text: str
+    texts: list[str]
+    right: list[int]
+    tokens: int = 0
+    seconds: float = 0.0
+    served_by: str = ""  # the model name that was asked
 
-    @property
-    def right(self) -> bool:
-        return self.text.strip() == self.question.answer.strip()
+
+class Results(msgspec.Struct):
+    """One evaluation file: the questions, and every model's answers by label."""
+
+    prompts: str
+    prompts_sha256: str
+    ids: list[str]
+    domains: list[str]
+    grader: str
+    models: dict[str, Answers] = {}
+    about: dict[str, Any] = {}  # command, time, versions
+    format: int = FORMAT
 
 
 def read_questions(path: Path, limit: int | None = None) -> list[Question]:
-    """Questions of a JSON-lines file ({"id", "domain", "messages", "answer"})."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:limit]]
-    return [Question(row["id"], row["domain"], row["messages"], row["answer"]) for row in rows]
+    """Questions of a JSON-lines file: {"messages", and optionally "id", "domain", and what the grader needs}.
+
+    Raises EvaluationError naming the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()[:limit]
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    found = []
+    for number, line in enumerate(lines):
+        try:
+            row = json.loads(line)
+            question = Question(str(row.get("id", number)), row.get("domain", "all prompts"), row["messages"], row)
+        except (ValueError, KeyError, AttributeError) as error:
+            raise EvaluationError(f"{path}:{number + 1}: not a prompt with messages: {error!r}") from None
+        found.append(question)
+    if not found:
+        raise EvaluationError(f"{path}: holds no prompt")
+    return found
 
 
-async def ask(client: httpx.AsyncClient, model: str, question: Question, max_tokens: int) -> Outcome:
-    """One greedy chat completion. Raises httpx.HTTPStatusError with the server's reply when refused."""
+def exact(text: str, row: dict[str, Any]) -> float:
+    """1 where the whole answer equals the row's "answer", space at its ends aside."""
+    return float(text.strip() == str(row["answer"]).strip())
+
+
+def new_results(path: Path, questions: list[Question], grader: str) -> Results:
+    """Results without any answer yet."""
+    return Results(
+        prompts=str(path),
+        prompts_sha256=hashlib.sha256(json.dumps([q.row for q in questions]).encode()).hexdigest(),
+        ids=[question.number for question in questions],
+        domains=[question.domain for question in questions],
+        grader=grader,
+    )
+
+
+def load_results(path: Path) -> Results:
+    """Inverse of `save_results`. Raises EvaluationError."""
+    try:
+        results = msgspec.json.decode(path.read_bytes(), type=Results)
+    except (OSError, msgspec.DecodeError) as error:
+        raise EvaluationError(f"{path}: no readable results: {error}") from None
+    if results.format != FORMAT:
+        raise EvaluationError(f"{path}: format {results.format}, this program reads {FORMAT}")
+    return results
+
+
+def save_results(results: Results, path: Path) -> None:
+    """Writes the file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_bytes(msgspec.json.encode(results) + b"\n")
+    fresh.replace(path)
+
+
+async def ask(client: httpx.AsyncClient, model: str, question: Question, max_tokens: int) -> tuple[str, int]:
+    """One greedy chat completion: (text, tokens). Raises EvaluationError with the server's reply when refused."""
     body = {"model": model, "messages": question.messages, "temperature": 0, "max_tokens": max_tokens}
-    response = await client.post("chat/completions", json=body)
-    response.raise_for_status()
-    return Outcome(question, response.json()["choices"][0]["message"]["content"] or "")
+    try:
+        response = await client.post("chat/completions", json=body)
+    except httpx.HTTPError as error:
+        raise EvaluationError(f"{client.base_url}: {error or type(error).__name__}") from None
+    if response.is_error:
+        raise EvaluationError(f"{model}, prompt {question.number}: {response.status_code} {response.text[:300]}")
+    reply = response.json()
+    return reply["choices"][0]["message"]["content"] or "", reply.get("usage", {}).get("completion_tokens", 0)
+
+
+async def answers(
+    client: httpx.AsyncClient,
+    model: str,
+    questions: list[Question],
+    grade: Grader,
+    *,
+    concurrency: int,
+    max_tokens: int,
+    progress: Callable[[], None] = lambda: None,
+) -> Answers:
+    """All answers of one model, at most `concurrency` in flight. Raises EvaluationError."""
+    places = asyncio.Semaphore(concurrency)
+    began = time.perf_counter()
+
+    async def guarded(question: Question) -> tuple[str, int]:
+        async with places:
+            reply = await ask(client, model, question, max_tokens)
+        progress()
+        return reply
+
+    replies = await asyncio.gather(*map(guarded, questions))
+    seconds = time.perf_counter() - began
+    texts = [text for text, _ in replies]
+    right = [int(grade(text, question.row) >= 0.5) for text, question in zip(texts, questions, strict=True)]
+    return Answers(texts, right, sum(tokens for _, tokens in replies), round(seconds, 2), model)
+
+
+async def served_models(client: httpx.AsyncClient) -> list[str]:
+    """What the endpoint offers. Raises EvaluationError."""
+    try:
+        response = (await client.get("models")).raise_for_status()
+    except httpx.HTTPError as error:
+        raise EvaluationError(f"{client.base_url}: {error or type(error).__name__}") from None
+    return [model["id"] for model in response.json()["data"]]
+
+
+def labelled(models: list[str]) -> dict[str, str]:
+    """`MODEL` or `MODEL=LABEL` arguments as {label: model}."""
+    pairs = [argument.partition("=") for argument in models]
+    return {label or model: model for model, _, label in pairs}
 
 
 async def evaluate(
-    client: httpx.AsyncClient, model: str, questions: list[Question], *, concurrency: int, max_tokens: int
-) -> list[Outcome]:
-    """All answers of one model, at most `concurrency` in flight, in the order of the questions."""
-    places = asyncio.Semaphore(concurrency)
-
-    async def guarded(question: Question) -> Outcome:
-        async with places:
-            return await ask(client, model, question, max_tokens)
-
-    return list(await asyncio.gather(*map(guarded, questions)))
-
-
-def accuracy(outcomes: list[Outcome]) -> dict[str, float]:
-    """Share of right answers per domain, in the order in which domains first occur, then over all."""
-    domains = list(dict.fromkeys(outcome.question.domain for outcome in outcomes))
-    groups = {domain: [o.right for o in outcomes if o.question.domain == domain] for domain in domains}
-    groups["all"] = [outcome.right for outcome in outcomes]
-    return {name: sum(rights) / len(rights) for name, rights in groups.items()}
-
-
-def oracle(outcomes: list[list[Outcome]]) -> list[Outcome]:
-    """Per-prompt oracle routing: for each question a right answer if any of these models gave one."""
-    return [next((o for o in answers if o.right), answers[0]) for answers in zip(*outcomes, strict=True)]
-
-
-def markdown(table: dict[str, dict[str, float]]) -> str:
-    """A Markdown table of {row: {column: share}}, two decimals."""
-    columns = list(next(iter(table.values())))
-    lines = [["model", *columns], ["---"] * (len(columns) + 1)]
-    lines += [[name, *(f"{row[column]:.2f}" for column in columns)] for name, row in table.items()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-async def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Evaluates every model in turn and returns what goes to the JSON file."""
-    questions = read_questions(arguments.prompts, arguments.limit)
-    answers: dict[str, list[Outcome]] = {}
-    seconds: dict[str, float] = {}
-    async with httpx.AsyncClient(base_url=arguments.url.rstrip("/") + "/", timeout=TIMEOUT_SECONDS) as client:
-        for model in arguments.models:
-            began = time.perf_counter()
-            answers[model] = await evaluate(
-                client,
-                model,
-                questions,
-                concurrency=arguments.concurrency,
-                max_tokens=arguments.max_tokens,
-            )
-            seconds[model] = round(time.perf_counter() - began, 2)
-            print(f"{model}: {accuracy(answers[model])} in {seconds[model]} s", flush=True)
-    if arguments.oracle:
-        answers["oracle routing"] = oracle([answers[name] for name in arguments.oracle])
-    return {
-        "prompts": str(arguments.prompts),
-        "questions": len(questions),
-        "accuracy": {name: accuracy(outcomes) for name, outcomes in answers.items()},
-        "seconds": seconds,
-        "answers": {
-            name: {outcome.question.number: outcome.text for outcome in outcomes} for name, outcomes in answers.items()
-        },
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
-    parser.add_argument("--models", nargs="+", required=True)
-    parser.add_argument("--oracle", nargs="*", help="models between which a per-prompt oracle may choose")
-    parser.add_argument("--prompts", type=Path, required=True)
-    parser.add_argument("--output", type=Path, help="JSON with accuracies, times and every answer")
-    parser.add_argument("--limit", type=int)
-    parser.add_argument("--concurrency", type=int, default=16)
-    parser.add_argument("--max-tokens", type=int, default=24)
-    arguments = parser.parse_args()
-    result = asyncio.run(run(arguments))
-    print(markdown(result["accuracy"]))
-    if arguments.output:
-        text = json.dumps(result, indent=2, ensure_ascii=False)
-        arguments.output.write_text(text + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    url: str,
+    models: list[str],
+    questions: list[Question],
+    grade: Grader,
+    results: Results,
+    output: Path,
+    *,
+    concurrency: int,
+    max_tokens: int,
+) -> None:
+    """Asks every model that `results` does not hold yet, and writes `output` after each. Raises EvaluationError."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    async with httpx.AsyncClient(base_url=url.rstrip("/") + "/", timeout=TIMEOUT_SECONDS) as client:
+        wanted = labelled(models or await served_models(client))
+        with Progress(*columns) as bar:
+            for label, model in wanted.items():
+                if label in results.models:
+                    continue
+                task = bar.add_task(label, total=len(questions))
+                results.models[label] = await answers(
+                    client,
+                    model,
+                    questions,
+                    grade,
+                    concurrency=concurrency,
+                    max_tokens=max_tokens,
+                    progress=lambda task=task: bar.advance(task),  # type: ignore[misc]
+                )
+                save_results(results, output)

@@ -1,4 +1,4 @@
-"""The command line: `polylogit serve|check|bench`. Heavy imports happen inside the commands."""
+"""The command line: `polylogit serve|check|bench|evaluate|report`. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from server import __version__
 from server.errors import PolylogitError
+from server.evaluation import Commands
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("config", type=Path, metavar="FILE")
     serve.add_argument("--host", help="listen here instead of http.host")
     serve.add_argument("--port", type=int, help="listen here instead of http.port; 0 takes a free one")
+    serve.add_argument("--gate", type=Path, metavar="CHECKPOINT", help="this gate instead of gate.file")
     serve.set_defaults(run=_serve)
 
     check = commands.add_parser("check", help="validate a deployment without loading weights")
@@ -52,6 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=int, default=15, help="interleaved rounds; medians are over these")
     bench.add_argument("--json", type=Path, help="write all measurements here")
     bench.set_defaults(run=_bench)
+
+    Commands(commands).add()
     return parser
 
 
@@ -59,10 +63,12 @@ def _serve(options: argparse.Namespace) -> int:
     import msgspec
 
     from server.check import check
-    from server.config import load_config
+    from server.config import load_config, with_gate
     from server.supervisor import Supervisor
 
     config = load_config(options.config)
+    if options.gate is not None:
+        config = with_gate(config, options.gate)
     changes = {key: getattr(options, key) for key in ("host", "port") if getattr(options, key) is not None}
     config = msgspec.structs.replace(config, http=msgspec.structs.replace(config.http, **changes))
     for line in check(config):

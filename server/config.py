@@ -189,6 +189,13 @@ def parse_config(data: dict[str, Any], *, directory: Path, source: str = "config
     return config
 
 
+def with_gate(config: Config, file: Path) -> Config:
+    """`config` with the checkpoint `file`, a path from here, in place of its own, not pinned. A deployment that had no
+    gate offers the policy `gate` now."""
+    given = msgspec.structs.replace(config.gate or GateConfig(""), file=str(file.resolve()), sha256=None)
+    return msgspec.structs.replace(config, gate=given, policies={"gate": Gate(), **config.policies})
+
+
 def _with_rules(policies: object) -> object:
     """`uniform: {}` is short for `uniform: {rule: uniform}`."""
     if not isinstance(policies, dict):

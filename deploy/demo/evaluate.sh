@@ -1,19 +1,16 @@
 #!/usr/bin/env bash
-# Serves the demo on a free port, asks it every held-out prompt under every model name, prints the table of accuracies
-# and writes deploy/demo/report/accuracy.json. From the repository's root: deploy/demo/evaluate.sh
+# Asks the demo every held-out prompt under every model name it offers, prints the table of accuracies and writes every
+# answer to deploy/demo/report/accuracy.json. From the repository's root: deploy/demo/evaluate.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 bin=.venv/bin
-log=$(mktemp)
-"$bin/polylogit" serve deploy/demo/polylogit.yaml --port 0 >"$log" &
-server=$!
-trap 'kill "$server" 2>/dev/null; wait "$server" 2>/dev/null || true; rm -f "$log"' EXIT
-until url=$(grep -om1 'http://[0-9.:]*' "$log"); do
-    kill -0 "$server" || exit 1
-    sleep 0.5
-done
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+prompts=deploy/demo/prompts/test.jsonl
 name=polylogit-demo
-"$bin/python" -m gate.evaluate --url "$url/v1" --prompts deploy/demo/prompts/test.jsonl \
-    --output deploy/demo/report/accuracy.json --oracle $name:math $name:text $name:chat \
-    --models $name:math $name:text $name:chat $name:uniform $name:uniform-prob $name:product $name:confidence \
-    $name:entropy $name:perplexity $name:gate "$@"
+"$bin/polylogit" evaluate deploy/demo/polylogit.yaml --prompts $prompts --max-tokens 24 --output "$work/accuracy.json" \
+    --models $name:{math,text,chat,uniform,uniform-prob,product,confidence,entropy,perplexity,gate}
+"$bin/python" -m gate.routing --models $name:{math,text,chat} --results "$work/accuracy.json" --prompts $prompts \
+    --output "$work/oracle.json"
+"$bin/polylogit" report "$work"/{accuracy,oracle}.json --compare $name:gate
+mv "$work/accuracy.json" deploy/demo/report/accuracy.json

@@ -1,10 +1,24 @@
-"""The HTTP evaluation against a made-up endpoint."""
+"""The HTTP evaluation against a made-up endpoint, its files, intervals and tables."""
 
 import json
 
 import httpx
+import numpy as np
+import pytest
 
-from gate.evaluate import Outcome, accuracy, evaluate, markdown, oracle, read_questions
+from gate.bootstrap import Bootstrap
+from gate.evaluate import (
+    Answers,
+    EvaluationError,
+    answers,
+    exact,
+    labelled,
+    load_results,
+    new_results,
+    read_questions,
+    save_results,
+)
+from gate.report import compare, join, markdown, plot, tabulate
 
 ROWS = [
     {"id": "m1", "domain": "math", "messages": [{"role": "user", "content": "1+1"}], "answer": "2"},
@@ -12,38 +26,122 @@ ROWS = [
 ]
 
 
-def questions(tmp_path):
+def prompts_file(tmp_path, rows=ROWS):
     path = tmp_path / "test.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
-    return read_questions(path)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
-async def test_asks_greedily_and_scores_by_exact_match(tmp_path):
+def results_file(tmp_path, name, models, rows=ROWS):
+    path = prompts_file(tmp_path, rows)
+    results = new_results(path, read_questions(path), "exact")
+    results.models = {label: Answers(["?"] * len(right), right) for label, right in models.items()}
+    save_results(results, tmp_path / name)
+    return tmp_path / name
+
+
+async def ask_all(tmp_path, handler):
+    async with httpx.AsyncClient(base_url="http://test/v1/", transport=httpx.MockTransport(handler)) as client:
+        return await answers(client, "gate", read_questions(prompts_file(tmp_path)), exact, concurrency=1, max_tokens=9)
+
+
+async def test_asks_greedily_and_grades_whole_answers(tmp_path):
     bodies = []
 
-    def answer(request):
+    def reply(request):
         bodies.append(json.loads(request.content))
-        return httpx.Response(200, json={"choices": [{"message": {"content": " 2\n"}}]})
+        usage = {"completion_tokens": 3}
+        return httpx.Response(200, json={"choices": [{"message": {"content": " 2\n"}}], "usage": usage})
 
-    transport = httpx.MockTransport(answer)
-    async with httpx.AsyncClient(base_url="http://test/v1/", transport=transport) as client:
-        outcomes = await evaluate(client, "gate", questions(tmp_path), concurrency=1, max_tokens=9)
-    assert accuracy(outcomes) == {"math": 1.0, "text": 0.0, "all": 0.5}
-    assert bodies[0]["model"] == "gate"
-    assert (bodies[0]["temperature"], bodies[0]["max_tokens"]) == (0, 9)
-
-
-def test_oracle_takes_any_right_answer(tmp_path):
-    first, second = questions(tmp_path)
-    math = [Outcome(first, "2"), Outcome(second, "ab")]
-    text = [Outcome(first, "1"), Outcome(second, "ba")]
-    assert accuracy(oracle([math, text]))["all"] == 1.0
+    found = await ask_all(tmp_path, reply)
+    assert (found.texts, found.right, found.tokens, found.served_by) == ([" 2\n"] * 2, [1, 0], 6, "gate")
+    assert [body["messages"] for body in bodies] == [row["messages"] for row in ROWS]
+    assert (bodies[0]["model"], bodies[0]["temperature"], bodies[0]["max_tokens"]) == ("gate", 0, 9)
 
 
-def test_markdown():
-    table = markdown({"uniform": {"math": 0.125, "all": 1.0}})
-    assert table.splitlines() == [
-        "| model | math | all |",
-        "| --- | --- | --- |",
-        "| uniform | 0.12 | 1.00 |",
+async def test_a_refusal_is_one_line_with_the_servers_words(tmp_path):
+    with pytest.raises(EvaluationError, match=r"gate, prompt m1: 404 .*no such model"):
+        await ask_all(tmp_path, lambda request: httpx.Response(404, text="no such model"))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"answer": "2"}'])
+def test_a_bad_prompt_is_named_by_its_line(tmp_path, text):
+    path = prompts_file(tmp_path)
+    path.write_text(path.read_text() + text + "\n")
+    with pytest.raises(EvaluationError, match=r"test.jsonl:3"):
+        read_questions(path)
+
+
+def test_labels():
+    assert labelled(["demo:gate=the gate", "demo"]) == {"the gate": "demo:gate", "demo": "demo"}
+
+
+def test_results_round_trip_and_refuse_garbage(tmp_path):
+    path = results_file(tmp_path, "a.json", {"x": [1, 0]})
+    assert load_results(path).models["x"].right == [1, 0]
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(EvaluationError, match=r"a\.json"):
+        load_results(path)
+
+
+def test_interval_agrees_with_the_binomial():
+    """The bootstrap of a share is binomial resampling: its quantiles are those of Binomial(n, p) / n."""
+    right = [1] * 150 + [0] * 50
+    found = Bootstrap(["d"] * 200).accuracy(right)["d"]
+    draws = np.quantile(np.random.default_rng(1).binomial(200, 0.75, 200_000) / 200, [0.025, 0.975])
+    assert found.mean == 0.75
+    assert (found.low, found.high) == pytest.approx(tuple(draws), abs=0.0051)
+
+
+def test_all_is_resampled_within_domains():
+    """One domain all right, the other all wrong: their sizes were chosen, so the mean over both cannot vary."""
+    found = Bootstrap(["a"] * 10 + ["b"] * 10).accuracy([1] * 10 + [0] * 10)["all"]
+    assert (found.low, found.mean, found.high) == (0.5, 0.5, 0.5)
+
+
+def test_differences_are_paired():
+    """Two rows that are right on the same half differ by nothing, however wide their own intervals are."""
+    half = [0, 1] * 20
+    bootstrap = Bootstrap(["d"] * 40)
+    assert bootstrap.accuracy(half)["d"].high > 0.6
+    same = bootstrap.difference(half, half)["d"]
+    assert (same.low, same.mean, same.high) == (0, 0, 0)
+
+
+def test_where_all_agree_the_interval_is_exact():
+    """At a share of `low`, a hundred right answers in a row have a chance of 2.5%."""
+    bootstrap = Bootstrap(["d"] * 100)
+    right, wrong = bootstrap.accuracy([1] * 100)["d"], bootstrap.accuracy([0] * 100)["d"]
+    assert right.low**100 == pytest.approx(0.025)
+    assert (right.high, wrong.low, wrong.high) == (1, 0, pytest.approx(1 - right.low))
+
+
+def test_join_refuses_other_prompts_and_repeated_rows(tmp_path):
+    first = results_file(tmp_path, "a.json", {"x": [1, 0]})
+    other = results_file(tmp_path, "b.json", {"y": [1]}, rows=ROWS[:1])
+    with pytest.raises(EvaluationError, match=r"b\.json: other prompts"):
+        join([first, other])
+    again = results_file(tmp_path, "c.json", {"x": [0, 0]})
+    with pytest.raises(EvaluationError, match=r"c\.json: 'x'"):
+        join([first, again])
+
+
+def test_table_and_comparison(tmp_path):
+    rows = [{**ROWS[i % 2], "id": str(i)} for i in range(40)]
+    files = [
+        results_file(tmp_path, "a.json", {"math": [1, 0] * 20, "text": [0, 1] * 20}, rows),
+        results_file(tmp_path, "b.json", {"gate": [1] * 40}, rows),
     ]
+    table = tabulate(join(files))
+    comparison = compare(table, "gate")
+    assert comparison.best["math"] == "math"
+    assert comparison.best["text"] == "text"
+    assert comparison.difference["all"].mean == 0.5
+    assert (comparison.apart["math"], comparison.apart["all"]) == (False, True)
+    text = markdown(table, comparison)
+    assert "| gate | 1.000 [0.83, 1.00] | 1.000 [0.83, 1.00] | 1.000 [0.91, 1.00] |" in text
+    assert "| all | math | +0.500 [+0.50, +0.50] | yes |" in text
+    with pytest.raises(EvaluationError, match="no row is named 'gat'"):
+        compare(table, "gat")
+    plot(table, tmp_path / "t.png")
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")

@@ -2,9 +2,11 @@
 
 `prompts/train.jsonl` is what the gate is trained on, `prompts/test.jsonl` the held-out evaluation: its operand
 pairs, words to transform and (fact, phrasing) pairs occur neither in the first nor in any expert's data. Gates
-were chosen on `prompts/validation.jsonl`: another draw from the training side, never the test side.
+were chosen on `prompts/validation.jsonl`: another draw from the training side, never the test side. `--seed` draws other
+prompts; the two sides are the same for every seed.
 """
 
+import argparse
 import json
 import random
 from pathlib import Path
@@ -14,7 +16,7 @@ from deploy.demo.train import tasks
 FOLDER = Path("deploy/demo/prompts")
 TRAIN_COUNTS = {"math": 500, "text": 600, "chat": 300, "mixed": 1600}
 VALIDATION_COUNTS = {"math": 250, "text": 250, "chat": 250, "mixed": 250}
-TEST_COUNTS = {"math": 100, "text": 100, "chat": 100, "mixed": 100}
+TEST_COUNT = 100
 SYSTEM_PROBABILITY = 0.2
 EARLIER_PROBABILITY = 0.15
 
@@ -58,18 +60,24 @@ def rows(counts: dict[str, int], test: bool, seed: int) -> list[dict[str, object
 
 
 def main() -> None:
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="another one draws other prompts")
+    parser.add_argument("--output", type=Path, default=FOLDER)
+    parser.add_argument("--test", type=int, default=TEST_COUNT, help="test prompts a domain, where there are as many")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
     files = (
         ("train", TRAIN_COUNTS, False, 11),
         ("validation", VALIDATION_COUNTS, False, 13),
-        ("test", TEST_COUNTS, True, 12),
+        ("test", dict.fromkeys(tasks.DOMAINS, arguments.test), True, 12),
     )
-    for name, counts, test, seed in files:
+    for name, counts, test, base in files:
+        seed = base + 1000 * arguments.seed
         found = rows(counts, test, seed)
         if not test:
             random.Random(seed).shuffle(found)
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in found)
-        (FOLDER / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        (arguments.output / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         print(f"{name}: {len(found)} prompts")
 
 

