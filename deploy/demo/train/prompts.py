@@ -2,8 +2,8 @@
 
 `prompts/train.jsonl` is what the gate is trained on, `prompts/test.jsonl` the held-out evaluation: its operand
 pairs, words to transform and (fact, phrasing) pairs occur neither in the first nor in any expert's data. Gates
-were chosen on `prompts/validation.jsonl`: another draw from the training side, never the test side. `--seed` draws other
-prompts; the two sides are the same for every seed.
+were chosen on `prompts/validation.jsonl`: another draw from the training side, never the test side. `--seed` draws
+other prompts; the two sides are the same for every seed.
 """
 
 import argparse
