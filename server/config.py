@@ -118,9 +118,10 @@ class Config(_Struct, frozen=True):
     """A deployment. `policies` are offered under their names; `default_policy` answers for the deployment's own name.
 
     `missing`: the log-probability of a token outside an expert's top-k: "tail" estimates it, "exact" asks the expert.
-    `example_prompt` is what the curl line printed at start asks. `on_expert_loss`: running sequences "wait" for the
-    restart, go on without the expert ("degrade"), or "fail". `tool_parser`: the format in which the chat templates have
-    the models call tools; needed where a client leaves the choice to the model.
+    `example_prompt` is what the curl line printed at start asks; the playground offers it, and `examples`.
+    `on_expert_loss`: running sequences "wait" for the restart, go on without the expert ("degrade"), or "fail".
+    `tool_parser`: the format in which the chat templates have the models call tools; needed where a client leaves the
+    choice to the model.
     """
 
     name: Name
@@ -133,6 +134,7 @@ class Config(_Struct, frozen=True):
     on_expert_loss: Literal["wait", "degrade", "fail"] = "wait"
     tool_parser: Literal["hermes"] | None = None
     example_prompt: str = "Hello!"
+    examples: list[str] = []
     limits: Limits = Limits()
     http: HttpConfig = HttpConfig()
     directory: str = "."

@@ -8,7 +8,6 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from server import __version__
@@ -21,6 +20,7 @@ from server.api.faults import install_handlers
 from server.api.middleware import BodyLimited, KeyRequired, Observed, key_digests
 from server.api.models import model_card, model_list
 from server.api.openapi import body_of, describe, errors
+from server.api.playground import playground_routes
 from server.api.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -48,6 +48,7 @@ def create_app(config: Config, client: EngineClient) -> FastAPI:
     app.include_router(_model_routes(services.deployment))
     app.include_router(_token_routes(services.deployment))
     app.include_router(_operation_routes(services))
+    app.include_router(playground_routes(config))
     models = (ChatRequest, CompletionRequest, TokenizeTextRequest, TokenizeChatRequest, DetokenizeRequest)
     describe(app, *models)
     install_handlers(app)
@@ -160,10 +161,6 @@ def _operation_routes(services: Services) -> APIRouter:
     @router.get("/version", responses=errors(post=False))
     async def version() -> Response:
         return _json({"version": __version__})
-
-    @router.get("/", include_in_schema=False)
-    async def index() -> Response:
-        raise HTTPException(404)
 
     return router
 

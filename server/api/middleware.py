@@ -15,6 +15,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api import playground
 from server.api.faults import UnsupportedMedia, error_response
 from server.api.reply import ClientGone
 from server.errors import BodyTooLarge, GenerationFailed, Unauthorized
@@ -99,7 +100,8 @@ class _Visit:
 
 
 class KeyRequired:
-    """Bearer keys, compared as digests in constant time. /health* needs none. The digest goes on as `state.key`."""
+    """Bearer keys, compared as digests in constant time; /health* and the playground's files need none. The digest goes
+    on as `state.key`."""
 
     def __init__(self, app: ASGIApp, digests: Collection[bytes]) -> None:
         self._app = app
@@ -162,7 +164,7 @@ class BodyLimited:
 
 def _is_open(scope: Scope) -> bool:
     path: str = scope["path"]
-    return path == "/health" or path.startswith("/health/")
+    return path == "/health" or path.startswith("/health/") or playground.is_open(path, scope["method"])
 
 
 def _header(scope: Scope, name: bytes) -> bytes:

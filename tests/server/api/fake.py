@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from server.messages import (
     Abort,
@@ -32,14 +32,16 @@ UP = {"math": "up", "text": "up"}
 
 @dataclass
 class Script:
-    """What every sequence is answered with: `tokens`, then its end (the length, a stop token, or `ended`)."""
+    """What every sequence is answered with: `tokens`, then its end (the length, a stop token, or `ended`).
+
+    `weigh`: token -> the experts' coefficients."""
 
     tokens: Callable[[SequenceRequest], list[int]] = lambda _: [*ids("Hello, world!"), END]
     ended: Callable[[SequenceRequest], Ended] | None = None
     pause: float = 0.0
     cached: int = 0
     stats: bool = True
-    coefficients: list[float] = field(default_factory=lambda: [0.75, 0.25])
+    weigh: Callable[[int], list[float]] = lambda _: [0.75, 0.25]
 
 
 class FakeCoordinator:
@@ -123,7 +125,7 @@ class FakeCoordinator:
     def _choice(self, sequence: SequenceRequest, token: int) -> Choice:
         """The token has log-probability -0.5, the id before it -1, the one before that -2 and so on."""
         top = [(token, -0.5), *((max(token - rank, 0), -float(rank)) for rank in range(1, 20))]
-        return Choice(-0.5, 1, top[: sequence.top_logprobs or 0], self.script.coefficients)
+        return Choice(-0.5, 1, top[: sequence.top_logprobs or 0], self.script.weigh(token))
 
 
 def _cut(tokens: list[int], sequence: SequenceRequest) -> list[int]:
