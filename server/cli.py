@@ -78,10 +78,8 @@ def _serve(options: argparse.Namespace) -> int:
     def announce(url: str) -> None:
         body = json.dumps({"messages": [{"role": "user", "content": config.example_prompt}]})
         print(f"{config.name} is ready on {url} ({', '.join(config.expert_names)}; fused by {config.default_policy})")
-        print(
-            f"Try:\n  curl {url}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}",
-            flush=True,
-        )
+        print(f"Try:\n  curl {url}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}")
+        print(f"or open {url}/", flush=True)
 
     Supervisor(config, announce).run()
     return 0
