@@ -367,7 +367,7 @@ def test_sigterm_lets_a_running_answer_finish(server: Served) -> None:
 
 @needs_chromium
 def test_playground(server: Served) -> None:
-    """In a real browser over real engines: every answer is its own model's, every token is of the expert that has it."""
+    """In a real browser over real engines: every answer is its own model's, tokens are of the expert alone."""
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page()
