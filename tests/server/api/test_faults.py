@@ -93,7 +93,7 @@ async def test_a_megabyte_in_one_word(api: Served) -> None:
 
 
 async def test_routes_that_are_not_there(api: Served) -> None:
-    for path in ("/", "/nothing", "/v1/nothing", "/v1/models/nothing"):
+    for path in ("/playground", "/nothing", "/v1/nothing", "/v1/models/nothing"):
         answer = await api.http.get(path)
         assert answer.status_code == 404 and answer.json()["error"]["type"] == "not_found_error"
     answer = await api.http.get(CHAT)
