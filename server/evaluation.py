@@ -33,6 +33,7 @@ class Commands:
     def add(self) -> None:
         self._evaluate()
         self._report()
+        self._explain()
 
     def _evaluate(self) -> None:
         parser = self._commands.add_parser(
@@ -63,6 +64,16 @@ class Commands:
         parser.add_argument("--markdown", type=Path, help="write the table here (default: print it)")
         parser.add_argument("--plot", type=Path, help="write a PNG here")
         parser.set_defaults(run=_run_report)
+
+    def _explain(self) -> None:
+        parser = self._commands.add_parser("explain", help="a picture of which expert chose each token of an answer")
+        _add_target(parser)
+        parser.add_argument("--prompt", required=True, help="one user message")
+        parser.add_argument("--model", help="which to ask (default: the deployment's own)")
+        parser.add_argument("--max-tokens", type=int, default=256, help="of the answer (default: %(default)s)")
+        parser.add_argument("--html", type=Path, help="write a page here")
+        parser.add_argument("--png", type=Path, help="write an image here")
+        parser.set_defaults(run=_run_explain)
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
@@ -158,4 +169,26 @@ def _run_report(options: argparse.Namespace) -> int:
         print(text)
     if options.plot:
         report.plot(table, options.plot)
+    return 0
+
+
+def _run_explain(options: argparse.Namespace) -> int:
+    from gate import explain
+    from gate.evaluate import EvaluationError
+
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if options.html is None and options.png is None:
+        raise ConfigError("explain: give --html or --png, where to write the picture")
+    try:
+        with target(options) as url:
+            answer = explain.ask(url, options.model, options.prompt, options.max_tokens)
+    except EvaluationError as error:
+        raise PolylogitError(str(error)) from None
+    if options.html:
+        explain.write_html(answer, options.html)
+    if options.png:
+        explain.write_png(answer, options.png)
+    for token in answer.tokens:
+        weights = "  ".join(f"{name} {value:5.2f}" for name, value in token.coefficients.items())
+        print(f"{token.text!r:14} {weights}  entropy {token.entropy:.2f}")
     return 0

@@ -1,0 +1,134 @@
+"""Trains a FusionRoute router: first on reference answers (SFT), then on preferences (CDPO).
+
+The experts are frozen and run beside the router on every batch, so nothing of the size of a vocabulary is kept.
+N answer tokens of a batch, E experts, V vocabulary.
+"""
+
+import copy
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gate.evaluate import Question
+from gate.fusionroute.data import Encoder, Sequences, batches
+from gate.fusionroute.losses import combined, preference_loss, sft_loss
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Of both phases; an epoch reads every prompt, or pair, once."""
+
+    epochs: int
+    preference_epochs: int = 1
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    preference_rate: float = 1e-4
+
+
+class Router:
+    """The router model, its head, and the frozen experts."""
+
+    def __init__(self, model: Any, experts: list[Any], encoder: Encoder, device: str) -> None:
+        self.model = model.to(device).train()
+        self.experts = [expert.to(device).eval().requires_grad_(False) for expert in experts]
+        self.head = nn.Linear(model.config.hidden_size, len(experts)).to(device)
+        self.encoder = encoder
+        self.device = device
+
+    def forward(self, rows: Sequences) -> tuple[Tensor, Tensor, Tensor]:
+        """(router's log-probabilities [N, V], head's scores [N, E], targets int64 [N])."""
+        hidden = self.model.model(rows.ids[:, :-1], use_cache=False).last_hidden_state[rows.answer[:, 1:]]
+        targets = rows.ids[:, 1:][rows.answer[:, 1:]]
+        return self.model.lm_head(hidden).float().log_softmax(-1), self.head(hidden.float()), targets
+
+    @torch.no_grad()
+    def told(self, rows: Sequences) -> Tensor:
+        """The experts' log-probabilities [N, E, V]."""
+        found = []
+        for expert in self.experts:
+            hidden = expert.model(rows.ids[:, :-1], use_cache=False).last_hidden_state[rows.answer[:, 1:]]
+            found.append(expert.lm_head(hidden).float().log_softmax(-1))
+        return torch.stack(found, dim=1)
+
+    def rows(self, pairs: list[tuple[Question, str]]) -> Sequences:
+        return self.encoder.batch(pairs).to(self.device)
+
+    def response_logprobs(self, rows: Sequences) -> Tensor:
+        """log p [B] of each row's whole answer under the combined policy."""
+        router, scores, targets = self.forward(rows)
+        values = combined(router, scores, self.told(rows)).gather(1, targets.unsqueeze(1)).squeeze(1)
+        owner = torch.arange(len(rows.ids), device=values.device).unsqueeze(1).expand_as(rows.answer)[rows.answer]
+        return values.new_zeros(len(rows.ids)).index_add(0, owner, values)
+
+
+def fit_references(
+    router: Router,
+    train: list[tuple[Question, str]],
+    validation: list[tuple[Question, str]],
+    settings: Settings,
+    seed: int,
+) -> None:
+    """SFT in place; keeps the epoch whose combined policy gives the validation answers the highest probability."""
+    rng = random.Random(seed)
+    optimizer = torch.optim.AdamW([*router.model.parameters(), *router.head.parameters()], lr=settings.learning_rate)
+    updates = settings.epochs * -(-len(train) // settings.batch_size)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=updates)
+    best: tuple[float, Any] = (-float("inf"), None)
+    for epoch in range(settings.epochs):
+        for batch in batches(train, settings.batch_size, rng):
+            rows = router.rows(batch)
+            told = router.told(rows)
+            made, scores, targets = router.forward(rows)
+            _update(optimizer, sft_loss(made, scores, told, targets), router)
+            rate.step()
+        value = mean_logprob(router, validation, settings.batch_size)
+        print(f"sft {epoch + 1}/{settings.epochs}: log-probability of a validation answer {value:.3f}", flush=True)
+        if value > best[0]:
+            best = value, copy.deepcopy((router.model.state_dict(), router.head.state_dict()))
+    router.model.load_state_dict(best[1][0])
+    router.head.load_state_dict(best[1][1])
+
+
+def fit_preferences(
+    router: Router,
+    pairs: list[tuple[Question, str, str]],
+    validation: list[tuple[Question, str]],
+    settings: Settings,
+    seed: int,
+) -> None:
+    """CDPO in place, the head frozen; taken back if the validation answers became less probable."""
+    rng = random.Random(seed)
+    start = Router(copy.deepcopy(router.model), router.experts, router.encoder, router.device)
+    start.head = router.head
+    before = mean_logprob(router, validation, settings.batch_size)
+    optimizer = torch.optim.AdamW(router.model.parameters(), lr=settings.preference_rate)
+    for _ in range(settings.preference_epochs):
+        for batch in batches(pairs, settings.batch_size, rng):
+            right = router.rows([(question, good) for question, good, _ in batch])
+            wrong = router.rows([(question, bad) for question, _, bad in batch])
+            with torch.no_grad():
+                start_right, start_wrong = start.response_logprobs(right), start.response_logprobs(wrong)
+            now_right, now_wrong = router.response_logprobs(right), router.response_logprobs(wrong)
+            _update(optimizer, preference_loss(now_right, now_wrong, start_right, start_wrong), router)
+    after = mean_logprob(router, validation, settings.batch_size)
+    print(f"cdpo: log-probability of a validation answer {before:.3f} -> {after:.3f}", flush=True)
+    if after < before:
+        router.model.load_state_dict(start.model.state_dict())
+        print("cdpo taken back", flush=True)
+
+
+@torch.no_grad()
+def mean_logprob(router: Router, pairs: list[tuple[Question, str]], size: int) -> float:
+    """Mean log-probability of whole reference answers under the combined policy."""
+    parts = [router.response_logprobs(router.rows(pairs[at : at + size])) for at in range(0, len(pairs), size)]
+    return float(torch.cat(parts).mean())
+
+
+def _update(optimizer: torch.optim.Optimizer, loss: Tensor, router: Router) -> None:
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_([*router.model.parameters(), *router.head.parameters()], 1.0)
+    optimizer.step()

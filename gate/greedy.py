@@ -1,0 +1,46 @@
+"""Greedy accuracy of one transformers model on a file of prompts, for choosing settings before anything is served.
+
+Exact match of the whole answer. The figures of a table come from `polylogit evaluate`. Knows nothing of gates.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from gate.evaluate import exact, read_questions
+
+BATCH = 128
+
+
+class Greedy:
+    """A model and the prompts that it is asked; `model` may be given other weights between calls."""
+
+    def __init__(
+        self, model: Any, tokenizer: Path, prompts: Path, limit: int | None = None, *, max_tokens: int = 24
+    ) -> None:
+        self.model = model
+        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, padding_side="left")
+        questions = read_questions(prompts)
+        spread = questions[:: max(1, len(questions) // limit)][:limit] if limit else questions
+        self._questions = sorted(spread, key=lambda question: len(str(question.messages)))
+        self._max_tokens = max_tokens
+
+    @torch.inference_mode()
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        right = 0.0
+        for start in range(0, len(self._questions), BATCH):
+            batch = self._questions[start : start + BATCH]
+            encoded = self._tokenizer.apply_chat_template(
+                [question.messages for question in batch],
+                add_generation_prompt=True,
+                padding=True,
+                return_tensors="pt",
+                return_dict=True,
+            )
+            made = self.model.generate(**encoded, do_sample=False, max_new_tokens=self._max_tokens)
+            answers = self._tokenizer.batch_decode(made[:, encoded["input_ids"].size(1) :], skip_special_tokens=True)
+            right += sum(exact(text, question.row) for text, question in zip(answers, batch, strict=True))
+        return right / len(self._questions)

@@ -1,0 +1,88 @@
+"""FusionRoute's losses against values worked out by hand, and the gate that serves its routing head."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from gate import checkpoint
+from gate.evaluate import Answers, new_results, read_questions, save_results
+from gate.fusionroute.data import batches, preferences
+from gate.fusionroute.export import export
+from gate.fusionroute.losses import combined, disagreement, preference_loss, routing_loss, sft_loss
+from tests.gate.examples import ROOT
+
+AGREE = [[0.7, 0.2, 0.1], [0.6, 0.3, 0.1]]
+DIFFER = [[0.8, 0.1, 0.1], [0.2, 0.5, 0.3]]
+EXPERTS = torch.tensor([AGREE, DIFFER]).log()  # [N=2, E=2, V=3]
+
+
+def test_routing_loss_counts_only_tokens_where_the_experts_disagree():
+    assert disagreement(EXPERTS).tolist() == [False, True]
+    scores = torch.tensor([[5.0, -5.0], [math.log(3), 0.0]])  # weights 3/4 and 1/4 at the second token
+    expected = -(0.75 * math.log(0.1) + 0.25 * math.log(0.5))
+    assert routing_loss(scores, EXPERTS, torch.tensor([0, 1])).item() == pytest.approx(expected)
+    assert routing_loss(scores[:1], EXPERTS[:1], torch.tensor([0])).item() == 0.0
+
+
+def test_sft_loss_adds_a_third_of_it():
+    router = torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]]).log()
+    scores, targets = torch.zeros(2, 2), torch.tensor([0, 1])
+    expected = math.log(2) + routing_loss(scores, EXPERTS, targets).item() / 3
+    assert sft_loss(router, scores, EXPERTS, targets).item() == pytest.approx(expected)
+
+
+def test_combined_policy_multiplies_the_routers_distribution_with_the_chosen_experts():
+    router = torch.tensor([[0.5, 0.25, 0.25]]).log().requires_grad_()
+    scores = torch.tensor([[0.0, 1.0]], requires_grad=True)
+    policy = combined(router, scores, EXPERTS[1:])
+    weights = torch.tensor([0.5 * 0.2, 0.25 * 0.5, 0.25 * 0.3])
+    torch.testing.assert_close(policy.exp()[0], weights / weights.sum())
+    policy[0, 0].backward()
+    assert router.grad.abs().sum() > 0
+    assert scores.grad is None  # the choice of an expert is a constant
+
+
+def test_preference_loss_is_dpo():
+    at_start = preference_loss(*(torch.tensor([-3.0]) for _ in range(4)))
+    assert at_start.item() == pytest.approx(math.log(2))
+    moved = preference_loss(*(torch.tensor([value]) for value in (-1.0, -9.0, -3.0, -4.0)))  # margin 2 + 5
+    assert moved.item() == pytest.approx(math.log(1 + math.exp(-0.1 * 7)))
+
+
+def test_exported_gate_picks_one_expert_and_keeps_the_router(tmp_path):
+    head = nn.Linear(4, 2)
+    nn.init.constant_(head.bias, 0.0)
+    head.weight.data = torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0]])
+    tokenizer = ROOT / "deploy/demo/experts/math/tokenizer.json"
+    export(head, ["math", "text"], "router", [8, 8, 4], tokenizer, 5, tmp_path / "gate.pt")
+    gate = checkpoint.load(tmp_path / "gate.pt")
+    assert gate.contract.experts == ["math", "text", "router"]
+    hidden = torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 1.0, 0, 0]])
+    others = [gate.project(i, torch.randn(3, 8)) for i in range(2)]
+    projected = torch.stack([*others, gate.project(2, hidden)], dim=1)
+    logprobs = torch.full((3, 3, 5), -1.0)
+    logprobs[2, 1] = -torch.inf  # text is absent from the last row
+    found, _ = gate.forward(logprobs, torch.zeros(3, 3, 5, dtype=torch.int64), projected, torch.zeros(3, 0))
+    assert found.tolist() == [[1, 0, 1], [0, 1, 1], [1, 0, 1]]
+
+
+def test_preferences_pair_right_with_wrong_and_fall_back_to_the_reference(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "?"}], "answer": f"right {i}"} for i in range(3)]
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results = new_results(prompts, read_questions(prompts), "exact")
+    results.models = {"a": Answers(["A0", "A1", "A2"], [1, 0, 1]), "b": Answers(["B0", "B1", "B2"], [0, 0, 1])}
+    save_results(results, tmp_path / "r.json")
+    pairs = preferences(prompts, tmp_path / "r.json", random.Random(0))
+    assert [(right, wrong) for _, right, wrong in pairs] == [("A0", "B0"), ("right 1", pairs[1][2])]
+    assert pairs[1][2] in {"A1", "B1"}
+
+
+def test_an_epoch_holds_everything_once():
+    found = list(batches(list(range(10)), 4, random.Random(0)))
+    assert [len(batch) for batch in found] == [4, 4, 2]
+    assert sorted(item for batch in found for item in batch) == list(range(10))
