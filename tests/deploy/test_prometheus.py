@@ -5,26 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
 import yaml
 
-from server.config import parse_config
-from server.metrics import ApiMetrics, render
 from tests import promtool
-from tests.server.api.fake import stats
 
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "deploy" / "prometheus"
 RULES = sorted((PROMETHEUS / "rules").glob("*.yml"))
 CASES = Path(__file__).with_name("alerts.yml")
-
-
-@pytest.fixture
-def exposed(tmp_path: Path) -> set[str]:
-    """Names of the series in /metrics."""
-    config = parse_config({"name": "x", "experts": [{"name": "math", "model": "math"}]}, directory=tmp_path)
-    text = render(ApiMetrics(config), stats(), age=0.0, ready=True).decode()
-    return {re.split(r"[{ ]", line)[0] for line in text.splitlines() if not line.startswith("#")}
 
 
 def rules() -> list[dict[str, str]]:

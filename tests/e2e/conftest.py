@@ -10,6 +10,7 @@ import pytest
 from server.config import parse_config
 from server.local import LocalDeployment
 from tests.e2e import demo, gates
+from tests.e2e.serving import Served, serve
 from tests.oracle.reference import Reference
 
 
@@ -64,3 +65,10 @@ def cramped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalDeploymen
     )
     with LocalDeployment(parse_config(data, directory=demo.DEMO)) as deployment:
         yield deployment
+
+
+@pytest.fixture(scope="session")
+def demo_server() -> Iterator[Served]:
+    """`polylogit serve deploy/demo/polylogit.yaml`, for tests that only use it."""
+    with serve(demo.shipped()) as server:
+        yield server

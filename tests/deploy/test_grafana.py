@@ -1,0 +1,84 @@
+"""The dashboards as files: what Grafana needs of them, and that they name metrics that exist.
+
+That their queries return data is shown over a real server in tests/e2e/test_dashboards.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+GRAFANA = Path(__file__).parents[2] / "deploy" / "grafana"
+FILES = sorted((GRAFANA / "dashboards").glob("*.json"))
+TYPES = {"timeseries", "heatmap", "stat", "bargauge"}
+UNITS = {"none", "short", "percentunit", "s", "reqps", "cps", "ops", "bytes"}
+
+
+@pytest.fixture(params=FILES, ids=lambda file: file.stem)
+def dashboard(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return json.loads(request.param.read_text(encoding="utf-8"))
+
+
+def panels(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
+    return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+
+
+def test_there_are_two_and_they_link_to_each_other() -> None:
+    boards = {board["uid"]: board for board in (json.loads(file.read_text(encoding="utf-8")) for file in FILES)}
+    assert set(boards) == {"polylogit-overview", "polylogit-experts"}
+    links = {uid: [link["url"] for link in board["links"]] for uid, board in boards.items()}
+    assert links == {"polylogit-overview": ["/d/polylogit-experts"], "polylogit-experts": ["/d/polylogit-overview"]}
+
+
+def test_panels_say_what_they_show(dashboard: dict[str, Any]) -> None:
+    assert dashboard["schemaVersion"] >= 39 and "id" not in dashboard
+    for panel in panels(dashboard):
+        assert panel["type"] in TYPES and panel["title"] and panel["description"].endswith("."), panel["title"]
+        options = panel["options"]["yAxis"] if panel["type"] == "heatmap" else panel["fieldConfig"]["defaults"]
+        assert options["unit"] in UNITS, panel["title"]
+
+
+def test_panels_have_a_place_of_their_own(dashboard: dict[str, Any]) -> None:
+    identities = [panel["id"] for panel in dashboard["panels"]]
+    assert len(identities) == len(set(identities))
+    taken: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        place = panel["gridPos"]
+        cells = set(
+            itertools.product(range(place["x"], place["x"] + place["w"]), range(place["y"], place["y"] + place["h"]))
+        )
+        assert place["x"] + place["w"] <= 24 and not cells & taken, panel["title"]
+        taken |= cells
+
+
+def test_queries_ask_the_chosen_source_and_servers(dashboard: dict[str, Any]) -> None:
+    source = {"type": "prometheus", "uid": "${datasource}"}
+    names = {variable["name"]: variable["type"] for variable in dashboard["templating"]["list"]}
+    assert names["datasource"] == "datasource"
+    for panel in panels(dashboard):
+        assert panel["datasource"] == source
+        for target in panel["targets"]:
+            assert target["datasource"] == source
+            assert 'instance=~"$instance"' in target["expr"]
+            assert set(re.findall(r"\$(\w+)", target["expr"])) <= {*names, "__rate_interval", "__range"}
+
+
+def test_queries_name_metrics_that_exist(dashboard: dict[str, Any], exposed: set[str]) -> None:
+    for panel in panels(dashboard):
+        for target in panel["targets"]:
+            found = re.findall(r"\b(?:polylogit|process)_\w+", re.sub(r'"[^"]*"', "", target["expr"]))
+            assert found and set(found) <= exposed, target["expr"]
+
+
+def test_provisioning_knows_the_source_that_compose_has() -> None:
+    provisioning = GRAFANA / "provisioning"
+    [source] = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text("utf-8"))["datasources"]
+    assert (source["type"], source["url"]) == ("prometheus", "http://prometheus:9090")
+    [provider] = yaml.safe_load((provisioning / "dashboards" / "polylogit.yml").read_text("utf-8"))["providers"]
+    assert provider["options"]["path"] == "/var/lib/grafana/dashboards"
