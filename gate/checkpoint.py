@@ -27,6 +27,11 @@ class Gate:
         self.device = device
         self._module = module
 
+    @property
+    def module(self) -> Any:
+        """The scripted module."""
+        return self._module
+
     @torch.inference_mode()
     def project(self, expert: int, hidden: Tensor) -> Tensor:
         """Hidden states [B, H_i] of one expert to [B, d]: the only part of them that travels."""

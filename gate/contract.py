@@ -12,11 +12,13 @@ from typing import Literal
 import msgspec
 from tokenizers import Tokenizer
 
+from gate.errors import GateError
+
 FORMAT_VERSION = 1
 CONTRACT_ENTRY = "contract.json"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(GateError):
     """A gate checkpoint is missing, unreadable or contradicts itself."""
 
 

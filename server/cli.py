@@ -1,4 +1,4 @@
-"""The command line: `polylogit serve|check|bench|evaluate|report|explain`. Heavy imports happen inside the commands."""
+"""The command line: `polylogit serve|check|bench|record|evaluate|report|explain`. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import logging
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
+from gate.errors import GateError
 from server import __version__
 from server.errors import PolylogitError
 from server.evaluation import Commands
+
+_GRADERS = "exact, numeric[:TOLERANCE], regex[:PATTERN], json, python[:SECONDS], or package.module:function"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,9 +26,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         return int(options.run(options))
-    except PolylogitError as error:
+    except (PolylogitError, GateError) as error:
         print(f"polylogit: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("polylogit: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,8 +62,34 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", type=Path, help="write all measurements here")
     bench.set_defaults(run=_bench)
 
+    _add_record(commands)
     Commands(commands).add()
     return parser
+
+
+def _add_record(commands: Any) -> None:
+    record = commands.add_parser("record", help="make graded responses for a gate to learn from")
+    record.add_argument("config", type=Path, metavar="FILE")
+    record.add_argument("--prompts", type=Path, required=True, help='JSON lines: "id", "messages", "answer", ...')
+    record.add_argument("--grader", required=True, help=_GRADERS)
+    record.add_argument("--output", type=Path, required=True, help="directory of the traces; goes on if some are there")
+    record.add_argument("--policies", help="comma-separated experts and policies (default: all that need no gate)")
+    record.add_argument("--gate", type=Path, help="also draw with this gate checkpoint")
+    record.add_argument("--answers", action="store_true", help='also score the prompts\' "answer"')
+    record.add_argument("--responses", type=Path, help='also score these: JSON lines of "id" and "response"')
+    record.add_argument("--samples", type=_positive, default=1, help="responses of each policy to each prompt")
+    record.add_argument("--temperature", type=float, default=1.0)
+    record.add_argument("--max-tokens", type=_positive, default=512, help="longer responses are cut and count as wrong")
+    record.add_argument("--limit", type=_positive, help="use only the first prompts")
+    record.add_argument("--no-hidden", dest="hidden", action="store_false", help="leave out hidden states")
+    record.add_argument("--seed", type=int, default=0)
+    record.set_defaults(run=_record)
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -101,6 +134,12 @@ def _bench(options: argparse.Namespace) -> int:
     from server.bench import bench
 
     return bench(options)
+
+
+def _record(options: argparse.Namespace) -> int:
+    from server.record import record
+
+    return record(options)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A deployment without HTTP: coordinator and experts as in `polylogit serve`, driven from this process in token ids.
 
-Used by `polylogit bench` and by tests that need exact distributions.
+Used by `polylogit bench`, `record` and `train`, and by tests that need exact distributions.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from server.config import Config
 from server.errors import EngineError, StartError
@@ -24,7 +24,10 @@ from server.messages import (
     ExpertUp,
     FromApi,
     FromSupervisor,
+    GateLoaded,
     GetStats,
+    LoadGate,
+    Message,
     Progress,
     RunBare,
     Stats,
@@ -36,6 +39,8 @@ from server.messages import (
 from server.request import SequenceRequest
 from server.supervisor import Child, end, run_coordinator, spawn, start_expert
 from server.transport import Channel, endpoint
+
+Answer = TypeVar("Answer", bound=Message)
 
 _END_SECONDS = 15.0
 _LOOK_SECONDS = 1.0
@@ -110,8 +115,8 @@ class LocalDeployment:
         return self._api.receive(timeout)
 
     def generate(self, requests: list[SequenceRequest], *, timeout: float = 120.0) -> dict[int, Generated]:
-        """Run `requests` to their ends: sequence id -> what it gave. Raises TimeoutError, and EngineError if the
-        coordinator ends meanwhile."""
+        """Run `requests` to their ends: sequence id -> what it gave. Raises TimeoutError, and EngineError if a
+        process ends meanwhile."""
         results = {request.id: Generated() for request in requests}
         self.submit(requests)
         left = len(results)
@@ -119,27 +124,39 @@ class LocalDeployment:
         while left:
             if (message := self.receive(_LOOK_SECONDS)) is not None:
                 left -= self._note(message, results)
-            elif not self._children[0].process.is_alive():
-                raise EngineError(f"coordinator: {self._children[0].last_words()}")
+            else:
+                self.check()
             if left and time.monotonic() > deadline:
                 raise TimeoutError(f"{left} of {len(requests)} sequences had not ended after {timeout:g} s")
         return results
 
     def stats(self, *, timeout: float = 30.0) -> Stats:
         """The coordinator's counters. Raises TimeoutError."""
-        self._api.send(GetStats())
-        while (message := self.receive(timeout)) is not None:
-            if isinstance(message, Stats):
-                return message
-        raise TimeoutError("the coordinator did not answer")
+        return self._answer(GetStats(), Stats, timeout)
 
     def bare(self, experts: list[int], bare: Bare, *, timeout: float = 300.0) -> dict[int, list[float]]:
         """Run engines by themselves, at the same time: expert -> seconds of each step. Raises TimeoutError."""
-        self._api.send(RunBare(experts, bare))
+        return self._answer(RunBare(experts, bare), BareTimes, timeout).seconds
+
+    def load_gate(self, path: Path, *, timeout: float = 60.0) -> None:
+        """Have coefficients come from another checkpoint (see `LoadGate`). Raises EngineError if it does not fit, and
+        TimeoutError."""
+        if problem := self._answer(LoadGate(str(path)), GateLoaded, timeout).problem:
+            raise EngineError(problem)
+
+    def check(self) -> None:
+        """Raises EngineError if a process has ended."""
+        for child in self._children:
+            if not child.process.is_alive():
+                raise EngineError(f"{child.name}: {child.last_words()}")
+
+    def _answer(self, question: FromApi, kind: type[Answer], timeout: float) -> Answer:
+        """Send `question`; the next message of one kind. Raises TimeoutError."""
+        self._api.send(question)
         while (message := self.receive(timeout)) is not None:
-            if isinstance(message, BareTimes):
-                return message.seconds
-        raise TimeoutError("the engines did not finish")
+            if isinstance(message, kind):
+                return message
+        raise TimeoutError(f"no answer to {type(question).__name__}")
 
     def _await_ready(self) -> None:
         deadline = time.monotonic() + self._config.limits.start_seconds

@@ -2,7 +2,8 @@
 in a comment; shapes follow from the row count. Letters: B rows, E experts, K top-k, X exact ids, d projected size.
 
 Three conversations, each a pair of sockets (`server.transport`):
-    api         <-> coordinator   Submit, Abort, GetStats, RunBare / Progress, Ended, Stats, Status, BareTimes
+    api         <-> coordinator   Submit, Abort, GetStats, LoadGate, RunBare / Progress, Trace, Ended, Stats, Status,
+                                                                            GateLoaded, BareTimes
     coordinator <-> expert        Tick, Gather, Bare              / Ready, Report, Load, Gathered, Scored, Refused,
                                                                     BareDone
     supervisor  <-> coordinator   ExpertUp, ExpertDown, Drain,... / CoordinatorReady, RestartExpert, Drained
@@ -36,6 +37,16 @@ class Abort(Message, frozen=True, tag="Abort"):
 
 class GetStats(Message, frozen=True, tag="GetStats"):
     """Ask for one `Stats`."""
+
+
+class LoadGate(Message, frozen=True, tag="LoadGate"):
+    """From the next tick on, coefficients come from the checkpoint at `path`. Answered by `GateLoaded`.
+
+    The projections of hidden states, which run beside the engines, stay those of the first gate: the new one must
+    project alike. State that running sequences have gathered goes on under the new gate.
+    """
+
+    path: str
 
 
 class Bare(Message, frozen=True, tag="Bare"):
@@ -103,6 +114,27 @@ class Status(Message, frozen=True, tag="Status"):
     ready: bool
     draining: bool
     experts: dict[str, str]
+
+
+class Trace(Message, frozen=True, tag="Trace"):
+    """What the experts showed in one tick for B sequences that asked (`SequenceRequest.trace`); the chosen tokens
+    follow in the tick's `Progress`.
+
+    `ids` int32[B, E, K], `logprobs` float32[B, E, K], best first, normalised over the whole vocabulary; -1 and -inf
+    where an expert gave nothing. `projected` float32[B, E, d]: what the gate's projections made of the hidden states
+    ("" without a gate that reads them).
+    """
+
+    sequences: list[int]
+    ids: bytes
+    logprobs: bytes
+    projected: bytes
+
+
+class GateLoaded(Message, frozen=True, tag="GateLoaded"):
+    """Answer to `LoadGate`; `problem` says in one line why the old gate stays, if it does."""
+
+    problem: str
 
 
 class Histogram(Message, frozen=True, tag="Histogram"):
@@ -347,8 +379,8 @@ class Drained(Message, frozen=True, tag="Drained"):
     """Nothing runs any more."""
 
 
-FromApi = Submit | Abort | GetStats | RunBare
-ToApi = Progress | Ended | Status | Stats | BareTimes | Stop
+FromApi = Submit | Abort | GetStats | LoadGate | RunBare
+ToApi = Progress | Trace | Ended | Status | Stats | GateLoaded | BareTimes | Stop
 ToExpert = Tick | Gather | Bare | Stop
 FromExpert = Ready | Report | Load | Gathered | Scored | Refused | BareDone
 FromSupervisor = ExpertUp | ExpertDown | Drain | Stop

@@ -6,6 +6,7 @@ Every fault is a `StartError` of one line that names the directory or the file.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 from server.errors import StartError
 
 _WEIGHTS = ("*.safetensors", "*.bin")
+_ENDS = 1 << 20
 _POSITIONS = (
     "max_position_embeddings",
     "n_positions",
@@ -69,6 +71,21 @@ def read_model_files(path: Path) -> ModelFiles:
         chat_template=_chat_template(path, tokenizer_config),
         special_tokens=special,
     )
+
+
+def fingerprint(files: ModelFiles, more: object) -> str:
+    """sha256 (hexadecimal) that changes with the model: its configuration, tokenizer and chat template whole, of each
+    file of weights its name, its size and both ends (all of large ones would take minutes), and `more` (JSON)."""
+    found = hashlib.sha256(json.dumps([files.chat_template, more]).encode())
+    for path in (files.path / "config.json", files.tokenizer_path):
+        found.update(path.read_bytes())
+    for path in sorted(path for pattern in _WEIGHTS for path in files.path.glob(pattern)):
+        found.update(f"{path.name} {path.stat().st_size}".encode())
+        with path.open("rb") as file:
+            found.update(file.read(_ENDS))
+            file.seek(max(0, path.stat().st_size - _ENDS))
+            found.update(file.read(_ENDS))
+    return found.hexdigest()
 
 
 def _read_json(path: Path, *, required: bool = True) -> dict[str, Any]:

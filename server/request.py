@@ -47,14 +47,15 @@ class SamplingParams:
 class SequenceRequest:
     """One sequence to generate. A client's request with n choices makes n of these.
 
-    `prompts` has one list of token ids per expert of the deployment, in its order; an empty list for an expert that
-    the policy does not use. `temperatures` scales each expert's own logits before fusion (None: 1 for all).
-    Generation ends at a token of `stop_token_ids` (at the earliest after `min_tokens`) or at `max_tokens`.
-    `top_logprobs`: None for no log-probabilities, else how many alternatives to return with each token.
-    `given`: tokens that follow the prompts and are not drawn, but fused like drawn ones; they count in `max_tokens`.
-    What is drawn after them is what would follow the same tokens as part of the prompts.
-    `grammar`: what the generated text must match, in llguidance's own text form; its end is marked by an end token of
-    any expert of the deployment. `priority`: lower runs earlier, within +-MOST_PRIORITY; ties in order of arrival.
+    `prompts` has one list of token ids per expert of the deployment, in its order; an empty list for an expert that the
+    policy does not use. `temperatures` scales each expert's own logits before fusion (None: 1 for all). Generation ends
+    at a token of `stop_token_ids` (at the earliest after `min_tokens`) or at `max_tokens`. `top_logprobs`: None for no
+    log-probabilities, else how many alternatives to return with each token. `given`: tokens that follow the prompts and
+    are not drawn, but fused like drawn ones; they count in `max_tokens`. What is drawn after them is what would follow
+    the same tokens as part of the prompts. `grammar`: what the generated text must match, in llguidance's own text
+    form; its end is marked by an end token of any expert of the deployment. `trace`: every expert runs, whether or not
+    the policy uses it, so `prompts` has one for each; what it shows comes back as `Trace` messages. `priority`: lower
+    runs earlier, within +-MOST_PRIORITY; ties in order of arrival.
     """
 
     id: int
@@ -69,4 +70,5 @@ class SequenceRequest:
     expert_weights: bool = False
     given: list[int] = field(default_factory=list)
     grammar: str | None = None
+    trace: bool = False
     priority: int = 0

@@ -121,11 +121,15 @@ class Admission:
         gone = [request.id for request in self.waiting.requests() if self._impossible(request)]
         return [sequence for sequence in gone if self.waiting.remove(sequence)]
 
+    def _participants(self, request: SequenceRequest) -> list[int]:
+        """Indexes of the experts that `request` runs in."""
+        return list(range(len(self._links))) if request.trace else participants(request.policy, self._names)
+
     def _expected(self, request: SequenceRequest) -> Bool:
         """bool[E]: the experts that `request` will use. Where lost experts are done without, those that are up; a
         request that lacks an expert essential to its policy, or all, waits in the table, where it holds up nobody."""
         expected = np.zeros(len(self._links), bool)
-        expected[participants(request.policy, self._names)] = True
+        expected[self._participants(request)] = True
         up = expected & [link.up for link in self._links]
         led = all(up[self._names.index(name)] for name in essential(request.policy))
         return up if self._config.on_expert_loss == "degrade" and up.any() and led else expected
@@ -151,7 +155,7 @@ class Admission:
 
     def _impossible(self, request: SequenceRequest) -> str | None:
         """Why this request can never run, or None."""
-        if any(not request.prompts[index] for index in participants(request.policy, self._names)):
+        if any(not request.prompts[index] for index in self._participants(request)):
             return "the prompt is empty"
         if self.context_left(request) < 1:
             return "the prompt is too long for an expert's context or KV cache"

@@ -23,7 +23,7 @@ from server.coordinator.fusion import Bool, Float32, Int32, Int64
 from server.coordinator.sampling import choose, penalise, uniforms
 from server.coordinator.stats import Counters
 from server.coordinator.table import ExpertRows, SequenceTable
-from server.messages import Add, Choice, Ended, Progress, Refused, Report, Scored, ToApi
+from server.messages import Add, Choice, Ended, Progress, Refused, Report, Scored, ToApi, Trace
 from server.policy import essential
 from server.request import FinishReason, SequenceRequest
 
@@ -77,6 +77,8 @@ class Coordinator:
         slots = self._align()
         self._counters.clock.lap("align")
         drawn = self._draw(slots) if slots.size else None
+        if drawn is not None and self._table.traced[slots].any():
+            self.outbox.append(self._trace(drawn))
         ended = self._advance(drawn) if drawn is not None else []
         self._admission.admit()
         self._step_engines()
@@ -145,6 +147,17 @@ class Coordinator:
         cached = {int(sequences[row]): self._table.cached_tokens(slots[row]) for row in first}
         self._counters.clock.lap("sample")
         return Drawn(fused, columns, tokens, sequences, detailed, cached)
+
+    def _trace(self, drawn: Drawn) -> Trace:
+        """What the experts showed for the sequences that asked; those that get no token are left out."""
+        fused, table = drawn.fused, self._table
+        rows = np.flatnonzero(table.traced[fused.slots] & ~fused.lost)
+        return Trace(
+            drawn.sequences[rows].tolist(),
+            fused.sources.ids[rows].tobytes(),
+            fused.sources.logprobs[rows].tobytes(),
+            table.projected[fused.slots[rows]].tobytes(),
+        )
 
     def _scores(self, fused: Fused) -> Float32:
         """Fused log-probabilities after bias, min_tokens and penalties: float32[B, U]."""

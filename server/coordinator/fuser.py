@@ -64,6 +64,10 @@ class Fuser:
         self._counters = counters
         self.policies = PolicyBook()
 
+    def replace_gate(self, gate: Gate) -> None:
+        """Ask `gate` from now on; its projected and state sizes are the old one's."""
+        self._gate = gate
+
     def fuse(self, table: SequenceTable, slots: Int64) -> Fused:
         """Fuse the kept rows of `slots` (each complete) and advance their gate state."""
         ids, logprobs = table.ids[slots], table.logprobs[slots]

@@ -27,7 +27,9 @@ from server.messages import (
     FromApi,
     FromExpert,
     FromSupervisor,
+    GateLoaded,
     GetStats,
+    LoadGate,
     Ready,
     Refused,
     RestartExpert,
@@ -70,6 +72,8 @@ class CoordinatorProcess:
         self._experts = Experts(config.expert_names, self._selector, self._on_expert)
         self._counters = Counters(len(config.experts))
         self._coordinator: Coordinator | None = None
+        self._gate: Gate | None = None
+        self._fuser: Fuser | None = None
         self._status: Status | None = None
         self._drain_until: float | None = None
         self._stopped = False
@@ -132,6 +136,8 @@ class CoordinatorProcess:
                 coordinator.abort(sequences)
             case GetStats():
                 self._api.send(snapshot(self._counters, coordinator, self._experts.links))
+            case LoadGate(path=path):
+                self._api.send(GateLoaded(self._replace_gate(Path(path))))
             case RunBare(experts=experts, bare=bare):
                 self._api.send(BareTimes(self._experts.bare(experts, bare, self._config.limits.start_seconds)))
 
@@ -216,7 +222,7 @@ class CoordinatorProcess:
             )
             raise StartError(f"the experts' vocabularies differ in size ({sizes})")
         vocabulary = vocabularies.pop()
-        gate = self._load_gate([info.hidden_size for info in infos])
+        gate = None if config.gate is None else self._load_gate(config.path(config.gate.file), config.gate.sha256)
         table = SequenceTable(
             slots=config.limits.sequences,
             experts=len(infos),
@@ -227,18 +233,33 @@ class CoordinatorProcess:
         )
         look_up: LookUp = lambda wanted: self._experts.gather(wanted, config.limits.tick_seconds)  # noqa: E731
         fuser = Fuser(config.expert_names, vocabulary, gate, config.missing, look_up, self._counters)
+        self._gate, self._fuser = gate, fuser
         return Coordinator(config, self._experts.links, fuser, table, self._counters)
 
-    def _load_gate(self, hidden_sizes: list[int]) -> Gate | None:
+    def _load_gate(self, path: Path, sha256: str | None = None) -> Gate:
+        """The checkpoint at `path`. Raises StartError if it does not fit the deployment."""
         config = self._config
-        if config.gate is None:
-            return None
-        tokenizer = config.path(config.experts[0].model) / "tokenizer.json"
         return load_gate(
-            config.path(config.gate.file),
-            sha256=config.gate.sha256,
+            path,
+            sha256=sha256,
             experts=config.expert_names,
-            vocabulary_hash=vocabulary_hash(tokenizer),
+            vocabulary_hash=vocabulary_hash(config.path(config.experts[0].model) / "tokenizer.json"),
             top_k=config.top_k,
-            hidden_sizes=hidden_sizes,
+            hidden_sizes=[link.info.hidden_size for link in self._experts.links if link.info is not None],
         )
+
+    def _replace_gate(self, path: Path) -> str:
+        """Go on with another gate; why not, or nothing."""
+        if self._gate is None or self._fuser is None:
+            return "the deployment runs without a gate"
+        try:
+            gate = self._load_gate(path)
+        except StartError as error:
+            return str(error)
+        for field in ("projected_size", "state_size"):
+            old, new = getattr(self._gate, field), getattr(gate, field)
+            if old != new:
+                return f"gate {path.name}: {field} is {new}, the loaded gate's is {old}"
+        self._gate = gate
+        self._fuser.replace_gate(gate)
+        return ""

@@ -21,11 +21,13 @@ from server.messages import (
     ExpertStats,
     ExpertUp,
     Fusion,
+    GateLoaded,
     Gather,
     Gathered,
     GetStats,
     Histogram,
     Load,
+    LoadGate,
     Message,
     Progress,
     Ready,
@@ -39,6 +41,7 @@ from server.messages import (
     Stop,
     Submit,
     Tick,
+    Trace,
 )
 from server.policy import Single, Uniform, Weights
 from server.request import FinishReason, SamplingParams, SequenceRequest
@@ -67,11 +70,14 @@ SAMPLES = {
         Submit([SequenceRequest(1, [[1]], Uniform(space="prob"))]),
         Abort([1, 2]),
         GetStats(),
+        LoadGate("/gates/gate.pt"),
         RunBare([0, 2], Bare(4, 5, 6)),
     ],
     messages.ToApi: [
         Progress([4, 5], [0, 9], {4: Choice(-0.5, 1, [(1, -0.5), (2, -1.5)], [0.5, -0.5])}, {5: 16}),
+        Trace([4, 5], b"\x01" * 16, b"\x02" * 16, b"\x03" * 8),
         Ended(4, FinishReason.STOP, 17),
+        GateLoaded("no gate checkpoint at /gates/gate.pt"),
         Ended(5, FinishReason.ERROR, message="the queue is full", code="overloaded"),
         Status(True, False, {"a": "up", "b": "starting"}),
         Stats(1, 2, 3, 4, 5, 6, 7, 8, {"stop": 2}, HISTOGRAM, HISTOGRAM, {"fuse": 0.5}, FUSION, [EXPERT]),

@@ -10,7 +10,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 
@@ -40,11 +40,14 @@ from server.messages import (
     ToApi,
     ToExpert,
     ToSupervisor,
+    Trace,
 )
 from server.placement import expert_socket
 from server.request import SequenceRequest
 from server.transport import Channel, endpoint
 from tests.fakes import VOCABULARY, FakeEngine
+
+Answer = TypeVar("Answer")
 
 SECONDS = 20.0
 
@@ -71,6 +74,8 @@ class Deployment:
         self.cached: dict[int, int] = {}
         self.ended: dict[int, Ended] = {}
         self.statuses: list[Status] = []
+        self.traces: list[Trace] = []
+        self._answers: list[ToApi] = []
         self.restarts: list[RestartExpert] = []
         self.drained = False
         self._terminal: Counter[int] = Counter()
@@ -140,6 +145,13 @@ class Deployment:
         self.until(lambda: bool(self._stats))
         return self._stats[0]
 
+    def ask(self, question: FromApi, kind: type[Answer]) -> Answer:
+        """The answer, of one kind, to a question."""
+        self._answers.clear()
+        self._api.send(question)
+        self.until(lambda: any(isinstance(answer, kind) for answer in self._answers))
+        return next(answer for answer in self._answers if isinstance(answer, kind))
+
     def until_stats(self, condition: Callable[[Stats], bool]) -> Stats:
         """The first snapshot that satisfies `condition`."""
         self.until(lambda: condition(self.stats()))
@@ -207,6 +219,10 @@ class Deployment:
                 self.statuses.append(message)
             case Stats():
                 self._stats.append(message)
+            case Trace():
+                self.traces.append(message)
+            case _:
+                self._answers.append(message)
 
     def _note_order(self, order: ToSupervisor) -> None:
         match order:

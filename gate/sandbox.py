@@ -1,0 +1,195 @@
+"""Runs Python code that a model wrote, in a process of its own with little to break: limits on time, memory, processes
+and file sizes, an empty environment, a temporary directory, and, as far as the system permits, no network, no sight of
+other processes and another user.
+
+Passing means that the code and then the tests ran to their end: a random word, which only the child's own last line
+sends, comes back. Printing, `sys.exit(0)` and `os._exit(0)` do not make it come. This protects the machine and is not
+fooled by accidents; code that searches its own process for the word can still cheat.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+_CHILD = r"""
+import json, os, resource, sys
+job = json.load(sys.stdin)
+for name, most in job.pop("limits").items():
+    resource.setrlimit(getattr(resource, name), (most, most))
+verdict, nothing = os.dup(1), os.open(os.devnull, os.O_RDWR)
+for number in (0, 1, 2):
+    os.dup2(nothing, number)
+space = {"__name__": "solution"}
+try:
+    exec(compile(job["code"], "solution.py", "exec"), space)
+    exec(compile(job["tests"], "tests.py", "exec"), space)
+except BaseException:
+    os._exit(1)
+os.write(verdict, job["word"].encode())
+os._exit(0)
+"""
+_UNSHARE = ["unshare", "--net", "--ipc", "--pid", "--fork", "--kill-child"]
+_PROBE = "import collections, json, math, random, re"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of one run: seconds by the clock and of each process's processor time, bytes of memory of each process, processes
+    and threads, bytes of each file."""
+
+    seconds: float = 10.0
+    memory: int = 1 << 30
+    processes: int = 32
+    file_bytes: int = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Isolation:
+    """How a child is kept apart from its surroundings. `name`: what a person is told. `namespaces`: no network, its own
+    process numbers. `user`: runs as a user that nothing else belongs to, and may (`reads`) read what this one may."""
+
+    name: str
+    namespaces: bool
+    user: bool
+    reads: bool = False
+
+    def command(self, user: int) -> list[str]:
+        """What to put before the child's command."""
+        prefix = list(_UNSHARE) if self.namespaces else []
+        if self.namespaces and os.getuid():
+            prefix.insert(1, "--user")
+        if self.user:
+            kept = "-all,+dac_read_search" if self.reads else "-all"
+            prefix += ["setpriv", "--no-new-privs", "--clear-groups", f"--reuid={user}", f"--regid={user}"]
+            prefix += [f"--inh-caps={kept}", f"--ambient-caps={kept}", f"--bounding-set={kept}"]
+        return prefix
+
+
+_STRONGEST_FIRST = (
+    Isolation("no network, own process numbers, own user", namespaces=True, user=True, reads=True),
+    Isolation("own user; the network is NOT cut off", namespaces=False, user=True, reads=True),
+    Isolation("own user; the network is NOT cut off", namespaces=False, user=True),
+    Isolation("no network, own process numbers; runs as this user", namespaces=True, user=False),
+    Isolation("limits only: the network is NOT cut off, runs as this user", namespaces=False, user=False),
+)
+
+
+class Sandbox:
+    """Runs code under `limits`, kept apart as well as this system permits (`isolation`)."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self._limits = limits or Limits()
+        self.isolation = _STRONGEST_FIRST[-1]
+        for isolation in _STRONGEST_FIRST:
+            if isolation.user and os.getuid():
+                continue
+            self.isolation = isolation
+            if self.passes(_PROBE, ""):
+                return
+
+    def passes(self, code: str, tests: str) -> bool:
+        """Whether `code` and then `tests`, in one namespace, run to the end."""
+        word = secrets.token_hex(16)
+        user = 1 << 30 | secrets.randbits(28)
+        job = {"code": code, "tests": tests, "word": word, "limits": self._rlimits()}
+        with _directory(shared=self.isolation.user) as directory:
+            child = self._start(user, directory)
+            try:
+                return _verdict(child, json.dumps(job).encode(), self._limits.seconds) == word.encode()
+            finally:
+                self._end(child, user)
+
+    def _start(self, user: int, directory: str) -> subprocess.Popen[bytes]:
+        environment = {"PATH": os.defpath, "HOME": directory, "TMPDIR": directory, "LANG": "C.UTF-8"}
+        environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            [*self.isolation.command(user), sys.executable, "-I", "-c", _CHILD],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=directory,
+            env=environment,
+            start_new_session=True,
+        )
+
+    def _rlimits(self) -> dict[str, int]:
+        limits = self._limits
+        apart = self.isolation.user or self.isolation.namespaces
+        return {
+            "RLIMIT_CPU": max(1, round(limits.seconds)),
+            "RLIMIT_AS": limits.memory,
+            "RLIMIT_FSIZE": limits.file_bytes,
+            "RLIMIT_NPROC": limits.processes + (0 if apart else _threads_of_this_user()),
+            "RLIMIT_NOFILE": 128,
+            "RLIMIT_CORE": 0,
+        }
+
+    def _end(self, child: subprocess.Popen[bytes], user: int) -> None:
+        """Kill everything that the run started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        for pipe in (child.stdin, child.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+        if self.isolation.user and not self.isolation.namespaces:
+            everyone = "import os; os.kill(-1, 9)"
+            subprocess.run([*self.isolation.command(user), sys.executable, "-I", "-c", everyone], check=False)
+
+
+def _verdict(child: subprocess.Popen[bytes], job: bytes, seconds: float) -> bytes:
+    """What the child answers to `job`, up to the word's length; what came until then if time runs out."""
+    deadline = time.monotonic() + seconds
+    stdin, stdout = _pipe(child.stdin), _pipe(child.stdout)
+    with contextlib.suppress(BrokenPipeError):
+        stdin.write(job)
+        stdin.close()
+    found = b""
+    while len(found) < 32 and (left := deadline - time.monotonic()) > 0:
+        if not select.select([stdout], [], [], left)[0]:
+            break
+        if not (piece := os.read(stdout.fileno(), 64)):
+            break
+        found += piece
+    return found
+
+
+def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+    if pipe is None:
+        raise ValueError("the child was started without this pipe")
+    return pipe
+
+
+@contextlib.contextmanager
+def _directory(*, shared: bool) -> Iterator[str]:
+    """A directory of the run's own, gone afterwards; `shared`: another user may write in it."""
+    path = tempfile.mkdtemp(prefix="polylogit-run-")
+    if shared:
+        Path(path).chmod(0o777)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _threads_of_this_user() -> int:
+    """How many processes and threads count against this user's limit already."""
+    total = 0
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                total += len(list((entry / "task").iterdir())) if entry.stat().st_uid == os.getuid() else 0
+    return total
