@@ -1,4 +1,4 @@
-"""The command line: `polylogit serve|check|bench|record|evaluate|report|explain`. Heavy imports happen inside the commands."""
+"""The command line, `polylogit COMMAND`. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
