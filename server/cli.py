@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from gate.errors import GateError
-from server import __version__
+from server import __version__, logs
+from server.config import Logging
 from server.errors import PolylogitError
 from server.evaluation import Commands
 
@@ -21,23 +22,30 @@ _GRADERS = "exact, numeric[:TOLERANCE], regex[:PATTERN], json, python[:SECONDS],
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit code."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(
-        level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
+    logs.configure(_logging(options, Logging()), "polylogit")
     try:
         return int(options.run(options))
     except (PolylogitError, GateError) as error:
-        print(f"polylogit: error: {error}", file=sys.stderr)
+        if options.log_format == "json":
+            logging.getLogger("polylogit").error(str(error))
+        else:
+            print(f"polylogit: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("polylogit: interrupted", file=sys.stderr)
         return 130
 
 
+def _logging(options: argparse.Namespace, configured: Logging) -> Logging:
+    """As configured, or as the command line says."""
+    return Logging(options.log_format or configured.format, options.log_level or configured.level)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="polylogit", description="Several LLMs answer as one, fused token by token.")
     parser.add_argument("--version", action="version", version=f"polylogit {__version__}")
-    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], help="instead of logging.level")
+    parser.add_argument("--log-format", choices=["text", "json"], help="instead of logging.format")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     serve = commands.add_parser("serve", help="serve a deployment until SIGTERM")
@@ -103,12 +111,19 @@ def _serve(options: argparse.Namespace) -> int:
     if options.gate is not None:
         config = with_gate(config, options.gate)
     changes = {key: getattr(options, key) for key in ("host", "port") if getattr(options, key) is not None}
-    config = msgspec.structs.replace(config, http=msgspec.structs.replace(config.http, **changes))
+    http = msgspec.structs.replace(config.http, **changes)
+    config = msgspec.structs.replace(config, http=http, logging=_logging(options, config.logging))
+    options.log_format = config.logging.format
+    logs.configure(config.logging, "supervisor")
     for line in check(config):
         if "warning" in line:
             logging.getLogger("polylogit").warning(line)
 
     def announce(url: str) -> None:
+        if config.logging.format == "json":
+            facts = logs.fields(url=url, model=config.name, experts=config.expert_names, policy=config.default_policy)
+            logging.getLogger("polylogit").info("ready", extra=facts)
+            return
         body = json.dumps({"messages": [{"role": "user", "content": config.example_prompt}]})
         print(f"{config.name} is ready on {url} ({', '.join(config.expert_names)}; fused by {config.default_policy})")
         print(f"Try:\n  curl {url}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}")

@@ -114,6 +114,13 @@ class HttpConfig(_Struct, frozen=True):
     write_seconds: Seconds = 60.0
 
 
+class Logging(_Struct, frozen=True):
+    """`format`: lines for people, or one JSON object a line. Libraries' lines below `warning` are never shown."""
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
 class Config(_Struct, frozen=True):
     """A deployment. `policies` are offered under their names; `default_policy` answers for the deployment's own name.
 
@@ -137,6 +144,7 @@ class Config(_Struct, frozen=True):
     examples: list[str] = []
     limits: Limits = Limits()
     http: HttpConfig = HttpConfig()
+    logging: Logging = Logging()
     directory: str = "."
 
     @property

@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NoReturn
 
+from server import logs
 from server.config import Config
 from server.errors import PolylogitError, StartError
 from server.messages import (
@@ -46,18 +48,21 @@ log = logging.getLogger("polylogit")
 
 _POLL_SECONDS = 0.1
 _REAP_SECONDS = 10.0
+_OUTPUT_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Child:
     """A process that the supervisor started, and the pipe for its last words. `rank_port`: where the tensor-parallel
-    ranks of an expert meet, 0 for all others."""
+    ranks of an expert meet, 0 for all others. `output`: the thread that writes on what the process writes, if it is
+    captured."""
 
     name: str
     process: BaseProcess
     pipe: Connection
     rank_port: int = 0
+    output: threading.Thread | None = None
 
     def last_words(self) -> str:
         """Why it ended, in one line."""
@@ -104,8 +109,9 @@ class Supervisor:
     # --- start ----------------------------------------------------------------------------------------------------
 
     def _start(self, listener: socket.socket) -> None:
-        self._coordinator = spawn("coordinator", run_coordinator, self._config, self._directory)
-        self._api = spawn("api", run_api, self._config, endpoint(self._directory, "api"), listener)
+        capture = self._config.logging.format == "json"
+        self._coordinator = spawn("coordinator", run_coordinator, self._config, self._directory, capture=capture)
+        self._api = spawn("api", run_api, self._config, endpoint(self._directory, "api"), listener, capture=capture)
         for expert in range(len(self._config.experts)):
             self._start_expert(expert)
         deadline = time.monotonic() + self._config.limits.start_seconds
@@ -204,20 +210,27 @@ class Supervisor:
         self._control.close()
 
 
-def spawn(name: str, target: Callable[..., None], *arguments: Any) -> Child:
-    """Start `target(*arguments)` in a fresh interpreter."""
+def spawn(name: str, target: Callable[..., None], *arguments: Any, capture: bool = False) -> Child:
+    """Start `target(*arguments)` in a fresh interpreter. `capture`: what it writes, by whatever means, becomes JSON
+    lines."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(theirs, os.getpid(), target, arguments), name=name)
+    written, output = context.Pipe(duplex=False) if capture else (None, None)
+    process = context.Process(target=_child, args=(theirs, output, os.getpid(), target, arguments), name=name)
     process.start()
     theirs.close()
-    return Child(name, process, ours)
+    if written is None or output is None:
+        return Child(name, process, ours)
+    output.close()
+    return Child(name, process, ours, output=logs.relay(written, name))
 
 
 def end(child: Child) -> None:
     """Kill a process that has not ended, and remove what vLLM leaves behind of CPU ranks: their shared memory."""
     child.process.kill()
     child.process.join()
+    if child.output is not None:
+        child.output.join(_OUTPUT_SECONDS)
     if child.rank_port:
         for path in Path("/dev/shm").glob(f"*{child.rank_port}-*cpushm_*"):
             path.unlink(missing_ok=True)
@@ -233,13 +246,25 @@ def start_expert(config: Config, expert: int, generation: int, directory: Path) 
     for rank in range(size):
         own = cores[rank::size] or cores if cores else None
         place = Placement(expert, generation, rank, port, own, expert_gpus(config)[expert])
-        name = f"expert {chosen.name}" + (f" rank {rank}" if size > 1 else "")
-        children.append(replace(spawn(name, run_expert, config, place, directory), rank_port=port))
+        child = spawn(
+            expert_name(config, place), run_expert, config, place, directory, capture=config.logging.format == "json"
+        )
+        children.append(replace(child, rank_port=port))
     return children
 
 
-def _child(pipe: Connection, parent: int, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def expert_name(config: Config, place: Placement) -> str:
+    """What a worker process is called."""
+    chosen = config.experts[place.expert]
+    return f"expert {chosen.name}" + (f" rank {place.rank}" if chosen.tensor_parallel_size > 1 else "")
+
+
+def _child(
+    pipe: Connection, output: Connection | None, parent: int, target: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
     """What a child does first: die with its parent, leave signals to it, and say in one line why it ends badly."""
+    if output is not None:
+        logs.write_into(output)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return
@@ -267,18 +292,21 @@ def _leave(code: int) -> NoReturn:
 
 
 def run_coordinator(config: Config, directory: Path) -> None:
+    logs.configure(config.logging, "coordinator")
     from server.coordinator.process import run
 
     run(config, directory)
 
 
 def run_api(config: Config, address: str, listener: socket.socket) -> None:
+    logs.configure(config.logging, "api")
     from server.api.process import run
 
     run(config, address, listener)
 
 
 def run_expert(config: Config, place: Placement, directory: Path) -> None:
+    logs.configure(config.logging, expert_name(config, place))
     from server.expert.process import run
 
     run(config, place, directory)

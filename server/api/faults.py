@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from server.api.account import account_of
 from server.errors import Overloaded, RateLimited, RequestError
 
 _MOST_CHARACTERS = 16_000
@@ -45,9 +46,10 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _on_http_exception)
 
 
-async def _on_request_error(_: Request, error: Exception) -> Response:
+async def _on_request_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, RequestError):
         raise error
+    account_of(request.scope).note_error(error)
     return error_response(error)
 
 

@@ -16,13 +16,19 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import playground
+from server.api.account import Account
 from server.api.faults import UnsupportedMedia, error_response
 from server.api.reply import ClientGone
 from server.errors import BodyTooLarge, GenerationFailed, Unauthorized
+from server.logs import REQUEST_ID, fields
 from server.metrics import ApiMetrics
 
 _REQUEST_ID = re.compile(rb"^[A-Za-z0-9._-]{1,128}$")
 _log = logging.getLogger("polylogit.api")
+
+
+_PROBES = ("/health", "/health/live", "/health/ready", "/metrics")
+"""Asked every few seconds by machines: their lines are for `debug`."""
 
 
 class Observed:
@@ -36,20 +42,15 @@ class Observed:
         if scope["type"] != "http":
             return
         visit = _Visit(scope, send)
+        REQUEST_ID.set(visit.request_id)
         self._metrics.in_flight += 1
         try:
             await self._serve(visit, receive)
         finally:
             self._metrics.in_flight -= 1
             self._metrics.request(visit.route, visit.outcome, visit.seconds)
-            _log.info(
-                "%s %s %s %s %.3fs",
-                visit.request_id,
-                scope["method"],
-                visit.route,
-                visit.status or visit.outcome,
-                visit.seconds,
-            )
+            level = logging.DEBUG if visit.route in _PROBES else logging.INFO
+            _log.log(level, "request", extra=visit.figures())
 
     async def _serve(self, visit: _Visit, receive: Receive) -> None:
         try:
@@ -57,7 +58,7 @@ class Observed:
         except (ClientGone, ClientDisconnect):
             visit.gone = True
         except Exception:
-            _log.exception("%s failed", visit.request_id)
+            _log.exception("failed")
             if visit.status:
                 raise
             fault = GenerationFailed("an internal error; the request id finds it in the server's log")
@@ -75,7 +76,8 @@ class _Visit:
         self._since = time.perf_counter()
         given = _header(scope, b"x-request-id")
         self.request_id = given.decode() if _REQUEST_ID.match(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = self.request_id
+        self.account = Account()
+        scope.setdefault("state", {}).update(request_id=self.request_id, account=self.account)
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -96,7 +98,25 @@ class _Visit:
     def outcome(self) -> str:
         if self.gone or not self.status:
             return "disconnected"
+        if self.account.failed:  # perhaps after the status was sent
+            return "server_error"
         return {2: "ok", 3: "ok", 4: "client_error"}.get(self.status // 100, "server_error")
+
+    def figures(self) -> dict[str, Any]:
+        """The fields of its log line."""
+        account, usage = self.account, self.account.usage
+        return fields(
+            method=self.scope["method"],
+            route=self.route,
+            status=self.status or None,
+            outcome=self.outcome,
+            seconds=round(self.seconds, 4),
+            model=account.model,
+            prompt_tokens=usage and usage.prompt_tokens,
+            completion_tokens=usage and usage.completion_tokens,
+            finish_reasons=account.finish_reasons or None,
+            error=account.error,
+        )
 
 
 class KeyRequired:

@@ -14,6 +14,7 @@ from typing import TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from server.api.account import account_of
 from server.api.answers import Answer, PromptScores
 from server.api.client import Cached, EngineClient, Event, Generation
 from server.api.faults import error_event
@@ -49,6 +50,7 @@ class Job:
     n: int
     shape: Shape
     stream: bool
+    model: str
 
     def usage(self) -> Usage:
         """A prompt counts once, however many choices it has."""
@@ -72,6 +74,8 @@ class Reply(Response):
         self._http = http
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        account = self._account = account_of(scope)
+        account.model = self._job.model
         with self._client.start(self._job.sequences) as generation:
             watcher = asyncio.create_task(_watch(receive, generation))
             try:
@@ -79,8 +83,13 @@ class Reply(Response):
                     await self._stream(generation, _Writer(scope, send, generation, self._http))
                 else:
                     await self._whole(generation, scope, receive, send)
+            except RequestError as error:
+                account.note_error(error)
+                raise
             finally:
                 watcher.cancel()
+                account.usage = self._job.usage()
+                account.finish_reasons = [answer.finish_reason for answer in self._job.answers if answer.finish_reason]
 
     async def _whole(self, generation: Generation, scope: Scope, receive: Receive, send: Send) -> None:
         timing = self._metrics.timing()
@@ -106,6 +115,7 @@ class Reply(Response):
         except RequestError as error:
             if not writer.started:
                 raise
+            self._account.note_error(error)
             return error_event(error)
         return self._job.shape.closing(self._job.usage())
 

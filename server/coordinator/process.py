@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from server.coordinator.stats import Counters
 from server.coordinator.table import SequenceTable
 from server.coordinator.warmup import warm_up
 from server.errors import StartError
+from server.logs import fields
 from server.messages import (
     Abort,
     BareTimes,
@@ -47,6 +49,7 @@ API_SOCKET = "api"
 CONTROL_SOCKET = "control"
 
 _IDLE_SECONDS = 1.0
+_log = logging.getLogger("polylogit.coordinator")
 
 
 def run(config: Config, directory: Path) -> None:
@@ -189,6 +192,7 @@ class CoordinatorProcess:
         if status != self._status:
             self._status = status
             self._api.send(status)
+            _log.info("status", extra=fields(ready=ready, draining=coordinator.draining, experts=states))
 
     # --- shutdown -------------------------------------------------------------------------------------------------
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from server import logs
 from server.config import Config, ExpertConfig
+from server.messages import Ready
 from server.model_files import read_model_files
 from server.placement import Placement
 
@@ -28,7 +31,8 @@ def run(config: Config, place: Placement, directory: Path) -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     os.environ.update(environment(chosen, place))
     os.environ["TMPDIR"] = str(directory)  # vLLM's files go when the directory goes, even if this process is killed
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # its lines are to look like ours
+    logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR"))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # What torch and vLLM warn of at import is not our user's to mend.
     warnings.simplefilter("ignore")
@@ -46,6 +50,7 @@ def run(config: Config, place: Placement, directory: Path) -> None:
     # Before the engine: while it loads, the ranks find each other, so that the first tick reaches them all.
     conversation = converse(place, chosen.tensor_parallel_size, directory)
     gate = _projecting_gate(config, chosen)
+    started = time.perf_counter()
     engine = VllmEngine(
         chosen,
         str(config.path(chosen.model)),
@@ -53,6 +58,8 @@ def run(config: Config, place: Placement, directory: Path) -> None:
         want_hidden=gate is not None,
         end_tokens=_end_tokens(config),
     )
+    loaded = logs.fields(seconds=round(time.perf_counter() - started, 1), **_facts(engine.info))
+    logging.getLogger("polylogit.expert").info("engine loaded", extra=loaded)
     worker = Worker(
         engine,
         conversation,
@@ -66,6 +73,10 @@ def run(config: Config, place: Placement, directory: Path) -> None:
     finally:
         engine.close()
         conversation.close()
+
+
+def _facts(info: Ready) -> dict[str, int | str]:
+    return {"kv_tokens": info.kv_tokens, "max_model_len": info.max_model_len, "vllm": info.version}
 
 
 def environment(expert: ExpertConfig, place: Placement) -> dict[str, str]:

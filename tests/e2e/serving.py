@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.e2e import processes
 
 POLYLOGIT = Path(sys.executable).with_name("polylogit")
-_READY = re.compile(r"is ready on (http://127\.0\.0\.1:\d+)")
+_READY = re.compile(r"(?:is ready on |\"url\":\")(http://127\.0\.0\.1:\d+)")
 _START_SECONDS = 150.0
 _STOP_SECONDS = 60.0
 
@@ -43,7 +43,7 @@ def until(condition: Callable[[], Value], *, limit: float, what: str) -> Value:
 class Served:
     """A running server. Its temporary directory is its own, so that what it leaves behind can be seen."""
 
-    def __init__(self, data: dict[str, Any]) -> None:
+    def __init__(self, data: dict[str, Any], environment: dict[str, str]) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="e2e-"))
         self.sockets = self.directory / "tmp"
         self.sockets.mkdir()
@@ -54,7 +54,7 @@ class Served:
                 [POLYLOGIT, "serve", file, "--port", "0"],
                 stdout=output,
                 stderr=errors,
-                env={**os.environ, "TMPDIR": str(self.sockets)},
+                env={**os.environ, "TMPDIR": str(self.sockets), **environment},
             )
         self._seen: set[int] = set()
 
@@ -72,9 +72,9 @@ class Served:
         def announced() -> re.Match[str] | None:
             if self.process.poll() is not None:
                 raise RuntimeError(f"ended with {self.process.returncode}: {self._errors.read_text()[-2000:]}")
-            return _READY.search(self._output.read_text())
+            return _READY.search(self._output.read_text() + self.errors())
 
-        self.url = until(announced, limit=_START_SECONDS, what="ready line on stdout")[1]
+        self.url = until(announced, limit=_START_SECONDS, what="ready line")[1]
         self._seen |= self.descendants()
         self.http = httpx.Client(base_url=self.url, timeout=60)
         self.openai = OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
@@ -140,9 +140,9 @@ class Served:
 
 
 @contextlib.contextmanager
-def serve(data: dict[str, Any]) -> Iterator[Served]:
+def serve(data: dict[str, Any], environment: dict[str, str] | None = None) -> Iterator[Served]:
     """A ready server over the configuration `data`. At the end it must leave in order, if it has not already."""
-    server = Served(data)
+    server = Served(data, environment or {})
     try:
         server.wait_ready()
         yield server

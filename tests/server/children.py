@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 import time
 from pathlib import Path
 
-from server.config import Config
+from server import logs
+from server.config import Config, Logging
 from server.errors import EngineError, StartError
 from server.messages import (
     CoordinatorReady,
@@ -43,6 +45,14 @@ def linger(ready: str) -> None:
     """Say so with a file, then wait."""
     Path(ready).touch()
     time.sleep(SECONDS)
+
+
+def write_and_abort() -> None:
+    logs.configure(Logging(format="json"), "expert a")
+    logging.getLogger("polylogit").info("a line")
+    print("printed", flush=True)
+    os.write(2, b"from C\n\nunfinished")
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def raise_signal(number: int) -> None:

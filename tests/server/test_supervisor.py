@@ -248,7 +248,7 @@ def test_an_expert_that_dies_again_waits_longer_each_time(monkeypatch):
 
     def delay() -> float:
         process = SimpleNamespace(kill=lambda: None, join=lambda: None)
-        child = SimpleNamespace(name="expert a", process=process, last_words=lambda: "gone", rank_port=0)
+        child = SimpleNamespace(name="expert a", process=process, last_words=lambda: "gone", rank_port=0, output=None)
         supervisor._experts[0] = [child]
         supervisor._bury_expert(0, child)
         return supervisor._restart_at.pop(0) - clock.now

@@ -1,0 +1,34 @@
+"""What is known of one request when it has ended, for its log line and its span: counts and names, no text, no key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from starlette.types import Scope
+
+from server.api.shapes import Usage
+from server.errors import RequestError
+
+
+@dataclass(slots=True)
+class Account:
+    """`model` is there once the request was accepted for generation, `usage` once that has ended. `error`: why there is
+    no whole answer; `failed`: the server is to blame."""
+
+    model: str | None = None
+    usage: Usage | None = None
+    finish_reasons: list[str] = field(default_factory=list)
+    error: str | None = None
+    failed: bool = False
+
+    def note_error(self, error: RequestError) -> None:
+        """Messages of refusals may quote the request: of these only the code is kept."""
+        self.failed = error.status >= 500
+        self.error = error.message if self.failed else error.code or error.type
+
+
+def account_of(scope: Scope) -> Account:
+    """The account of the request that `scope` belongs to."""
+    account = scope["state"]["account"]
+    assert isinstance(account, Account)
+    return account
