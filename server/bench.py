@@ -28,7 +28,7 @@ from server.config import Config, load_config
 from server.errors import ConfigError
 from server.local import LocalDeployment
 from server.messages import Bare, Stats
-from server.policy import Policy, Single, Uniform
+from server.policy import Gate, Policy, Single, Uniform
 from server.request import SamplingParams, SequenceRequest
 
 
@@ -55,7 +55,7 @@ class Round:
 
 def bench(options: argparse.Namespace) -> int:
     """Run the command with parsed options; the exit code."""
-    config = choose_experts(load_config(options.config), options.experts)
+    config = choose_experts(load_config(options.config), options.experts, gated=options.gate)
     if options.missing is not None:
         config = msgspec.structs.replace(config, missing=options.missing)
     counts = [int(count) for count in options.sequences.split(",")]
@@ -74,13 +74,20 @@ def bench(options: argparse.Namespace) -> int:
     console = Console(width=140)
     console.print(_table(config, rounds))
     console.print(_parts_table(rounds))
+    for line in _gate_lines(rounds) if options.gate else []:
+        console.print(line)
     if options.json:
         _write(options, config, rounds)
     return 0
 
 
-def choose_experts(config: Config, names: str | None) -> Config:
-    """`config` reduced to some of its experts, without a gate, fused uniformly. Raises ConfigError."""
+def choose_experts(config: Config, names: str | None, *, gated: bool = False) -> Config:
+    """`config` reduced to some of its experts, without a gate, fused uniformly; or, `gated`, as it is, fused by its
+    gate. Raises ConfigError."""
+    if gated:
+        if config.gate is None or names is not None:
+            raise ConfigError("--gate needs a gate in the configuration, and all experts that it was trained for")
+        return msgspec.structs.replace(config, policies={"gate": Gate()}, default_policy="gate")
     wanted = names.split(",") if names else config.expert_names
     if unknown := [name for name in wanted if name not in config.expert_names]:
         raise ConfigError(f"--experts: no expert is named {unknown[0]!r} (there are {', '.join(config.expert_names)})")
@@ -94,6 +101,7 @@ class _Runner:
     def __init__(self, deployment: LocalDeployment, config: Config, prompt_tokens: int, tokens: int) -> None:
         self._deployment = deployment
         self._names = config.expert_names
+        self._fused = config.policies[config.default_policy]
         self._prompt_tokens = prompt_tokens
         self._tokens = tokens
         self._next = 1
@@ -103,7 +111,7 @@ class _Runner:
         before = _cpu_times()
         bare = self._deployment.bare(list(range(len(self._names))), Bare(sequences, self._prompt_tokens, self._tokens))
         earlier = self._deployment.stats()
-        fused = self._policy(Uniform(), sequences)
+        fused = self._policy(self._fused, sequences)
         parts = _parts(earlier, self._deployment.stats())
         single = {name: self._policy(Single(name), sequences) for name in self._names}
         return Round(
@@ -143,6 +151,17 @@ def _parts(before: Stats, after: Stats) -> dict[str, float]:
     return {"tick": whole} | {phase: 1e3 * (late - before.phase_seconds[phase]) / ticks for phase, late in spent}
 
 
+def _gate_lines(rounds: list[Round]) -> list[str]:
+    """The gate's forward pass beside the tick; its projections run inside the engines' steps."""
+    lines = []
+    for count in sorted({entry.sequences for entry in rounds}):
+        of = [entry.parts for entry in rounds if entry.sequences == count]
+        share = statistics.median(entry["gate"] / entry["tick"] for entry in of)
+        milliseconds = statistics.median(entry["gate"] for entry in of)
+        lines.append(f"gate at {count} sequences: {milliseconds:.3f} ms, {100 * share:.1f}% of a tick")
+    return lines
+
+
 def _parts_table(rounds: list[Round]) -> Table:
     """Where a fused tick goes."""
     table = Table(title="where a fused tick goes: mean ms, medians over rounds")
@@ -179,8 +198,9 @@ def _table(config: Config, rounds: list[Round]) -> Table:
 
 
 def _write(options: argparse.Namespace, config: Config, rounds: list[Round]) -> None:
+    chosen = "--gate" if options.gate else f"--experts {','.join(config.expert_names)}"
     document = {
-        "command": f"polylogit bench {options.config} --experts {','.join(config.expert_names)}"
+        "command": f"polylogit bench {options.config} {chosen}"
         f" --missing {config.missing} --sequences {options.sequences}"
         f" --tokens {options.tokens} --rounds {options.rounds}",
         "versions": {"polylogit": __version__, **_versions(), "python": platform.python_version()},

@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--tokens", type=int, default=64, help="tokens a sequence in each short run")
     bench.add_argument("--prompt-tokens", type=int, default=32)
     bench.add_argument("--rounds", type=int, default=15, help="interleaved rounds; medians are over these")
+    bench.add_argument("--gate", action="store_true", help="fuse by the configured gate, and tell its share of a tick")
     bench.add_argument("--json", type=Path, help="write all measurements here")
     bench.set_defaults(run=_bench)
 
