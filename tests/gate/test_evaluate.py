@@ -11,13 +11,13 @@ from gate.evaluate import (
     Answers,
     EvaluationError,
     answers,
-    exact,
     labelled,
     load_results,
     new_results,
     read_questions,
     save_results,
 )
+from gate.graders import Exact
 from gate.report import compare, join, markdown, plot, tabulate
 
 ROWS = [
@@ -42,7 +42,9 @@ def results_file(tmp_path, name, models, rows=ROWS):
 
 async def ask_all(tmp_path, handler):
     async with httpx.AsyncClient(base_url="http://test/v1/", transport=httpx.MockTransport(handler)) as client:
-        return await answers(client, "gate", read_questions(prompts_file(tmp_path)), exact, concurrency=1, max_tokens=9)
+        return await answers(
+            client, "gate", read_questions(prompts_file(tmp_path)), Exact(), concurrency=1, max_tokens=9
+        )
 
 
 async def test_asks_greedily_and_grades_whole_answers(tmp_path):
