@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from gate.evaluate import read_questions
+from gate.fusionroute.data import Encoder
 from gate.graders import Exact
 
 BATCH = 128
@@ -45,3 +46,15 @@ class Greedy:
             answers = self._tokenizer.batch_decode(made[:, encoded["input_ids"].size(1) :], skip_special_tokens=True)
             right += sum(exact(question.row, text) for text, question in zip(answers, batch, strict=True))
         return right / len(self._questions)
+
+    @torch.inference_mode()
+    def answer_logprob(self) -> float:
+        """Mean log-probability of the whole reference answers: tells models apart where none is ever right."""
+        total, encoder = 0.0, Encoder(self._tokenizer)
+        for start in range(0, len(self._questions), BATCH):
+            rows = encoder.batch([(q, str(q.row["answer"])) for q in self._questions[start : start + BATCH]])
+            hidden = self.model.model(rows.ids[:, :-1], use_cache=False).last_hidden_state[rows.answer[:, 1:]]
+            targets = rows.ids[:, 1:][rows.answer[:, 1:]]
+            told = self.model.lm_head(hidden).float().log_softmax(-1)
+            total += float(told.gather(1, targets.unsqueeze(1)).sum())
+        return total / len(self._questions)

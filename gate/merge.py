@@ -10,8 +10,8 @@ tau_i = expert_i - base is expert i's task vector. Works tensor by tensor (trimm
 | dare | task arithmetic of tau_i with entries kept with chance `density` and divided by it | arXiv 2311.03099 |
 | dare-ties | ties of such tau_i, not trimmed | both |
 
-`--tune` chooses scale and density by greedy accuracy on a file of prompts, which must not be the test's. Knows nothing
-of serving: what it writes is a model directory like any other.
+`--tune` chooses scale and density by greedy accuracy on a file of prompts, which must not be the test's; of equals,
+those under which the right answers are most probable. Knows nothing of serving: it writes ordinary model directories.
 """
 
 import argparse
@@ -140,14 +140,14 @@ def recipes(method: str, seed: int) -> Iterator[Recipe]:
 def tune(
     method: str, base: State | None, experts: list[State], greedy: Greedy, seed: int
 ) -> tuple[Recipe, list[dict[str, Any]]]:
-    """The recipe with the highest accuracy on the prompts of `greedy` (the first of equals), and all that was tried."""
-    tried = []
+    """The recipe with the highest accuracy on the prompts of `greedy`, and all that was tried."""
+    tried: list[dict[str, Any]] = []
     for recipe in recipes(method, seed):
         greedy.model.load_state_dict(merge(recipe, base, experts))
-        tried.append((greedy.accuracy(), recipe))
-        print(f"{recipe.method} scale {recipe.scale} density {recipe.density}: {tried[-1][0]:.3f}", flush=True)
-    best = max(tried, key=lambda pair: pair[0])[1]
-    return best, [asdict(recipe) | {"accuracy": accuracy} for accuracy, recipe in tried]
+        tried.append({**asdict(recipe), "accuracy": greedy.accuracy(), "answer_logprob": greedy.answer_logprob()})
+        print(", ".join(f"{key} {value}" for key, value in tried[-1].items()), flush=True)
+    best = max(range(len(tried)), key=lambda index: (tried[index]["accuracy"], tried[index]["answer_logprob"]))
+    return list(recipes(method, seed))[best], tried
 
 
 def load(folder: Path) -> Any:

@@ -144,7 +144,7 @@ class Experiment:
             "gate.fusionroute", "--experts", *(f"{name}={self.experts / name}" for name in EXPERTS),
             "--start", self.experts / START, "--prompts", self.prompts / "train.jsonl",
             "--validation", self.prompts / "validation.jsonl", "--preferences", self.results / "train-experts.json",
-            "--epochs", 3, "--seed", self.seed, "--output", router,
+            "--seed", self.seed, "--output", router,
         )  # fmt: skip
         policies = {"fusionroute": {"router": "router"}, "routing-only": {"rule": "select", "by": "gate"}}
         models = {**{name: self.experts / name for name in EXPERTS}, "router": router}

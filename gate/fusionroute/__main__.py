@@ -28,7 +28,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with messages and answer")
     parser.add_argument("--validation", type=Path, required=True, help="the same, for choosing the epoch")
     parser.add_argument("--preferences", type=Path, help="answers to --prompts, written by polylogit evaluate")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=1000, help="preferences to learn from (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="only the first prompts")
     parser.add_argument("--top-k", type=int, default=32, help="of the deployment")
     parser.add_argument("--seed", type=int, default=0)
@@ -50,7 +51,9 @@ def main() -> None:
     validation = references(arguments.validation, VALIDATION)
     fit_references(router, references(arguments.prompts, arguments.limit), validation, settings, arguments.seed)
     if arguments.preferences:
-        graded = preferences(arguments.prompts, arguments.preferences, random.Random(arguments.seed))
+        rng = random.Random(arguments.seed)
+        graded = preferences(arguments.prompts, arguments.preferences, rng)
+        graded = rng.sample(graded, min(arguments.pairs, len(graded)))
         fit_preferences(router, graded, validation, settings, arguments.seed)
     save(router.model.cpu(), arguments.start, arguments.output)
     sizes = [expert.config.hidden_size for expert in (*router.experts, router.model)]

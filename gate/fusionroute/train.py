@@ -56,10 +56,10 @@ class Router:
     def rows(self, pairs: list[tuple[Question, str]]) -> Sequences:
         return self.encoder.batch(pairs).to(self.device)
 
-    def response_logprobs(self, rows: Sequences) -> Tensor:
-        """log p [B] of each row's whole answer under the combined policy."""
+    def response_logprobs(self, rows: Sequences, told: Tensor) -> Tensor:
+        """log p [B] of each row's whole answer under the combined policy; `told` [N, E, V] by the experts."""
         router, scores, targets = self.forward(rows)
-        values = combined(router, scores, self.told(rows)).gather(1, targets.unsqueeze(1)).squeeze(1)
+        values = combined(router, scores, told).gather(1, targets.unsqueeze(1)).squeeze(1)
         owner = torch.arange(len(rows.ids), device=values.device).unsqueeze(1).expand_as(rows.answer)[rows.answer]
         return values.new_zeros(len(rows.ids)).index_add(0, owner, values)
 
@@ -109,10 +109,11 @@ def fit_preferences(
         for batch in batches(pairs, settings.batch_size, rng):
             right = router.rows([(question, good) for question, good, _ in batch])
             wrong = router.rows([(question, bad) for question, _, bad in batch])
+            told = router.told(right), router.told(wrong)
             with torch.no_grad():
-                start_right, start_wrong = start.response_logprobs(right), start.response_logprobs(wrong)
-            now_right, now_wrong = router.response_logprobs(right), router.response_logprobs(wrong)
-            _update(optimizer, preference_loss(now_right, now_wrong, start_right, start_wrong), router)
+                before_right, before_wrong = map(start.response_logprobs, (right, wrong), told)
+            now_right, now_wrong = map(router.response_logprobs, (right, wrong), told)
+            _update(optimizer, preference_loss(now_right, now_wrong, before_right, before_wrong), router)
     after = mean_logprob(router, validation, settings.batch_size)
     print(f"cdpo: log-probability of a validation answer {before:.3f} -> {after:.3f}", flush=True)
     if after < before:
@@ -123,8 +124,8 @@ def fit_preferences(
 @torch.no_grad()
 def mean_logprob(router: Router, pairs: list[tuple[Question, str]], size: int) -> float:
     """Mean log-probability of whole reference answers under the combined policy."""
-    parts = [router.response_logprobs(router.rows(pairs[at : at + size])) for at in range(0, len(pairs), size)]
-    return float(torch.cat(parts).mean())
+    batched = [router.rows(pairs[at : at + size]) for at in range(0, len(pairs), size)]
+    return float(torch.cat([router.response_logprobs(rows, router.told(rows)) for rows in batched]).mean())
 
 
 def _update(optimizer: torch.optim.Optimizer, loss: Tensor, router: Router) -> None:

@@ -7,12 +7,14 @@ import random
 import pytest
 import torch
 from torch import nn
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from gate import checkpoint
-from gate.evaluate import Answers, new_results, read_questions, save_results
-from gate.fusionroute.data import batches, preferences
+from gate.evaluate import Answers, Question, new_results, read_questions, save_results
+from gate.fusionroute.data import Encoder, batches, preferences
 from gate.fusionroute.export import export
 from gate.fusionroute.losses import combined, disagreement, preference_loss, routing_loss, sft_loss
+from gate.fusionroute.train import Router, Settings, fit_preferences, fit_references, mean_logprob
 from tests.gate.examples import ROOT
 
 AGREE = [[0.7, 0.2, 0.1], [0.6, 0.3, 0.1]]
@@ -86,3 +88,41 @@ def test_an_epoch_holds_everything_once():
     found = list(batches(list(range(10)), 4, random.Random(0)))
     assert [len(batch) for batch in found] == [4, 4, 2]
     assert sorted(item for batch in found for item in batch) == list(range(10))
+
+
+def small_model(seed):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=264, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def test_training_makes_right_answers_probable_and_leaves_the_experts_alone():
+    encoder = Encoder(AutoTokenizer.from_pretrained(ROOT / "deploy/demo/experts/math", local_files_only=True))
+    questions = [Question(str(i), "d", [{"role": "user", "content": f"Say {i}."}], {}) for i in range(8)]
+    pairs = [(question, question.number * 2) for question in questions]
+    router = Router(small_model(0), [small_model(1), small_model(2)], encoder, "cpu")
+    frozen = [parameter.clone() for expert in router.experts for parameter in expert.parameters()]
+    before = mean_logprob(router, pairs, 4)
+    fit_references(router, pairs, pairs, Settings(epochs=5, batch_size=4, learning_rate=1e-2), seed=0)
+    trained = mean_logprob(router, pairs, 4)
+    assert trained > before + 1
+    head = router.head.weight.clone()
+    wrong = [(question, text, "no") for question, text in pairs]
+    fit_preferences(router, wrong, pairs, Settings(epochs=1, batch_size=4), seed=0)
+    assert mean_logprob(router, pairs, 4) >= trained
+    assert torch.equal(router.head.weight, head)
+    after = [parameter for expert in router.experts for parameter in expert.parameters()]
+    assert all(torch.equal(*both) for both in zip(frozen, after, strict=True))
+
+
+def test_response_logprobs_sum_each_rows_own_answer():
+    encoder = Encoder(AutoTokenizer.from_pretrained(ROOT / "deploy/demo/experts/math", local_files_only=True))
+    questions = [Question(str(i), "d", [{"role": "user", "content": "x" * (5 * i)}], {}) for i in range(2)]
+    router = Router(small_model(0), [small_model(1), small_model(2)], encoder, "cpu")
+    rows = router.rows([(questions[0], "long answer"), (questions[1], "no")])
+    together = router.response_logprobs(rows, router.told(rows))
+    for at, (question, text) in enumerate([(questions[0], "long answer"), (questions[1], "no")]):
+        alone = router.rows([(question, text)])
+        torch.testing.assert_close(router.response_logprobs(alone, router.told(alone))[0], together[at])

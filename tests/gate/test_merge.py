@@ -1,9 +1,15 @@
 """Merging, against values worked out by hand."""
 
+import json
+
 import pytest
 import torch
 
-from gate.merge import MergeError, Recipe, check_models, drop, elect, merge, recipes, trim
+from gate.greedy import Greedy
+from gate.merge import MergeError, Recipe, check_models, drop, elect, load, merge, recipes, save, trim, tune
+from tests.gate.examples import ROOT
+
+EXPERTS = ROOT / "deploy/demo/experts"
 
 BASE = {"w": torch.tensor([1.0, 1.0, 1.0, 1.0])}
 ONE = {"w": torch.tensor([3.0, 1.0, 0.0, 1.5])}  # task vector 2, 0, -1, 0.5
@@ -69,3 +75,21 @@ def test_other_shapes_are_refused():
 
 def test_what_tuning_tries():
     assert [len(list(recipes(method, 0))) for method in ("linear", "task-arithmetic", "ties")] == [1, 5, 10]
+
+
+def test_tuning_asks_the_merged_models_and_the_best_is_saved(tmp_path):
+    """Two copies of one expert merge to it, if only averaged; the math expert adds, and does not reverse."""
+    rows = [
+        {"messages": [{"role": "user", "content": "Add 27 and 58."}], "answer": "85"},
+        {"messages": [{"role": "user", "content": "Reverse stone."}], "answer": "enots"},
+    ]
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = load(EXPERTS / "math")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    recipe, tried = tune("linear", None, [state, state], Greedy(model, EXPERTS / "math", prompts), 0)
+    assert (recipe, tried[0]["accuracy"]) == (Recipe("linear"), 0.5)
+    assert tried[0]["answer_logprob"] < -1
+    save(model, EXPERTS / "math", tmp_path / "merged")
+    again = load(tmp_path / "merged").state_dict()
+    assert all(torch.equal(again[name], state[name]) for name in state)
