@@ -11,7 +11,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from server import __version__
-from server.api.body import read, read_json
+from server.api.body import read, read_json, validated
 from server.api.chat import chat_job
 from server.api.client import EngineClient
 from server.api.completions import completion_job
@@ -129,7 +129,9 @@ def _token_routes(deployment: Deployment) -> APIRouter:
 
     @router.post("/tokenize", openapi_extra=body_of(TokenizeTextRequest, TokenizeChatRequest))
     async def create_tokens(request: Request) -> Response:
-        return _json(await tokenize(deployment, await read_json(request)))
+        body = await read_json(request)
+        kind = TokenizeChatRequest if "messages" in body else TokenizeTextRequest
+        return _json(await tokenize(deployment, await validated(request, kind, body)))
 
     @router.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))
     async def create_text(request: Request) -> Response:

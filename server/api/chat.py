@@ -8,7 +8,7 @@ from typing import Any
 from server.api.answers import Answer, Piece, PromptScores
 from server.api.calls import CallStream, Gained
 from server.api.grammar import chat_grammar
-from server.api.prompts import Chat, chat_prompts, check_scorable, room
+from server.api.prompts import chat_prompts, check_scorable, room
 from server.api.protocol import ChatRequest
 from server.api.reply import Job
 from server.api.sequences import Prompt
@@ -23,7 +23,7 @@ async def chat_job(services: Services, request: ChatRequest, request_id: str) ->
     ensemble = services.deployment.ensemble(request.model, request.fusion)
     _check_parser(services, request)
     factory = services.sequences(ensemble, request, await chat_grammar(request))
-    prompts = await chat_prompts(ensemble, Chat(request))
+    prompts = await chat_prompts(ensemble, request)
     if request.prompt_logprobs is not None:
         check_scorable(ensemble, prompts, "prompt_logprobs")
     prompt = Prompt(prompts, room(ensemble, prompts, "messages"))

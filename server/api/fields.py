@@ -9,9 +9,12 @@ from typing import Annotated, Any, Literal
 import msgspec
 from pydantic import Field, PlainValidator
 
+from server.api.structure import too_much
+
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 MOST_STOPS, MOST_STOP_CHARACTERS = 4, 1024
 MOST_MESSAGES = 4096
+_MOST_CONTAINERS = 10_000  # in the arguments of one call
 TEMPLATE_ARGUMENTS = (
     "date_string",
     "enable_thinking",
@@ -105,6 +108,8 @@ def _tool_call(call: Any) -> dict[str, Any]:
         raise ValueError("a call needs a function with a name")
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
+        if fault := too_much(arguments.encode(errors="replace"), _MOST_CONTAINERS):
+            raise ValueError(f"arguments have {fault}")
         try:
             arguments = msgspec.json.decode(arguments)
         except (ValueError, RecursionError):

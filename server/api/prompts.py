@@ -15,6 +15,7 @@ from server.errors import BadRequest
 from server.policy import Perplexity
 
 _LONG = 8192  # characters from which work leaves the event loop
+_OVERHEAD = 100  # a message's share of it, whatever its length
 
 
 class Chat:
@@ -28,15 +29,11 @@ class Chat:
         if self._generation_prompt is None:
             self._generation_prompt = not request.continue_final_message
 
-    @property
-    def characters(self) -> int:
-        return sum(len(message["content"]) for message in self.messages) + len(str(self._tools))
-
     def ids(self, expert: ExpertText) -> list[int]:
         """The prompt for `expert`. Raises BadRequest."""
         if expert.template is None:
             raise BadRequest(f"the expert {expert.name!r} has no chat template", param="model")
-        marks = Marks(expert.tokenizer)
+        marks = Marks(expert.tokenizer, most=expert.max_model_len)
         messages = [_hidden(message, marks) for message in self._with_system(expert.system_prompt)]
         if self._request.continue_final_message:
             messages[-1]["content"] += marks.tail
@@ -59,14 +56,16 @@ class Chat:
         return [{"role": "system", "content": prompt}, *self.messages]
 
 
-async def chat_prompts(ensemble: Ensemble, chat: Chat) -> list[list[int]]:
+async def chat_prompts(ensemble: Ensemble, request: Conversation) -> list[list[int]]:
     """The prompt for each expert of `ensemble`."""
-    if chat.characters > _LONG:
-        return await asyncio.to_thread(_chat_prompts, ensemble, chat)
-    return _chat_prompts(ensemble, chat)
+    characters = sum(len(message.content or "") + _OVERHEAD for message in request.messages)
+    if characters > _LONG or request.tools or any(message.tool_calls for message in request.messages):
+        return await asyncio.to_thread(_chat_prompts, ensemble, request)
+    return _chat_prompts(ensemble, request)
 
 
-def _chat_prompts(ensemble: Ensemble, chat: Chat) -> list[list[int]]:
+def _chat_prompts(ensemble: Ensemble, request: Conversation) -> list[list[int]]:
+    chat = Chat(request)
     done: dict[tuple[int, int, str | None], list[int]] = {}
     prompts: list[list[int]] = []
     for expert in ensemble.experts:
@@ -137,7 +136,7 @@ def _too_long(length: str, context: int, param: str) -> BadRequest:
 def _conversation(message: Message) -> dict[str, Any]:
     """A message as templates expect it: content always a string, developer as system, tool arguments as
     objects."""
-    shown: dict[str, Any] = message.model_dump(exclude_none=True)
+    shown: dict[str, Any] = {name: value for name, value in message if value is not None}
     shown["role"] = "system" if message.role == "developer" else message.role
     shown["content"] = message.content or ""
     return shown

@@ -91,11 +91,13 @@ class ChatTemplate:
 class Marks:
     """Stand-ins for the special tokens that a client's text spells out, of one request.
 
-    The random part makes them impossible to forge from outside.
+    The random part makes them impossible to forge from outside. `most`: how many fit a prompt, each being a token or
+    more.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, most: int) -> None:
         self._tokenizer = tokenizer
+        self._left = most
         self._nonce = secrets.token_hex(8)
         self.tail = f"{_OPEN}{self._nonce}{_CLOSE} "  # the space tells whether the template trims
 
@@ -137,6 +139,9 @@ class Marks:
         return head if rest.startswith(" ") else head.rstrip()
 
     def _mark(self, match: re.Match[str]) -> str:
+        self._left -= 1
+        if self._left < 0:
+            raise BadRequest("the messages are longer than the context", code="context_length_exceeded")
         return f"{_OPEN}{self._nonce}{self._tokenizer.special_tokens.index(match[0])}{_CLOSE}"
 
     def _unmark(self, match: re.Match[str]) -> str:

@@ -5,27 +5,26 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from server.api.body import parse
 from server.api.deployment import Deployment, Ensemble
-from server.api.prompts import Chat, chat_prompts, text_prompts
+from server.api.prompts import chat_prompts, text_prompts
 from server.api.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeTextRequest
 from server.errors import BadRequest
 
+TokenizeRequest = TokenizeChatRequest | TokenizeTextRequest
 
-async def tokenize(deployment: Deployment, body: dict[str, Any]) -> dict[str, Any]:
+
+async def tokenize(deployment: Deployment, request: TokenizeRequest) -> dict[str, Any]:
     """Ids for the first expert of the model."""
-    request: TokenizeChatRequest | TokenizeTextRequest
-    request = parse(TokenizeChatRequest, body) if "messages" in body else parse(TokenizeTextRequest, body)
     ensemble = deployment.ensemble(request.model)
     ids = (await _ids(ensemble, request))[0]
     strings = [ensemble.tokenizer.token(number) for number in ids] if request.return_token_strs else None
     return {"count": len(ids), "max_model_len": ensemble.max_model_len, "tokens": ids, "token_strs": strings}
 
 
-async def _ids(ensemble: Ensemble, request: TokenizeChatRequest | TokenizeTextRequest) -> list[list[int]]:
+async def _ids(ensemble: Ensemble, request: TokenizeRequest) -> list[list[int]]:
     if isinstance(request, TokenizeTextRequest):
         return (await text_prompts(ensemble, [request.prompt], add_special_tokens=request.add_special_tokens))[0]
-    return await chat_prompts(ensemble, Chat(request))
+    return await chat_prompts(ensemble, request)
 
 
 async def detokenize(deployment: Deployment, request: DetokenizeRequest) -> dict[str, str]:

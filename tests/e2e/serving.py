@@ -23,6 +23,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.e2e import processes
 
 POLYLOGIT = Path(sys.executable).with_name("polylogit")
+KEY = "none"
+"""Sent with every request; servers without keys do not look at it."""
 _READY = re.compile(r"(?:is ready on |\"url\":\")(http://127\.0\.0\.1:\d+)")
 _START_SECONDS = 150.0
 _STOP_SECONDS = 60.0
@@ -76,11 +78,28 @@ class Served:
 
         self.url = until(announced, limit=_START_SECONDS, what="ready line")[1]
         self._seen |= self.descendants()
-        self.http = httpx.Client(base_url=self.url, timeout=60)
-        self.openai = OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        self.http = httpx.Client(base_url=self.url, timeout=60, headers=self.headers)
+        self.openai = OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {KEY}"}
 
     def async_openai(self) -> AsyncOpenAI:
-        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)
+
+    def chat(self, **body: Any) -> dict[str, Any]:
+        """A greedy chat completion, unless `body` says otherwise. Raises httpx.HTTPStatusError."""
+        return self._post("/v1/chat/completions", {"messages": [{"role": "user", "content": "Sum 94 and 77."}], **body})
+
+    def complete(self, **body: Any) -> dict[str, Any]:
+        """A greedy text completion, unless `body` says otherwise. Raises httpx.HTTPStatusError."""
+        return self._post("/v1/completions", {"prompt": "Sum 94", **body})
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        response = self.http.post(path, json={"temperature": 0, **body})
+        response.raise_for_status()
+        return dict(response.json())
 
     def metrics(self) -> dict[str, float]:
         """'name{label=value,...}' -> value."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import math
 import time
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import openai
 import pytest
 import torch
@@ -308,37 +306,6 @@ def test_metrics_count(server: Served) -> None:
         assert grown(f"polylogit_expert_barrier_wait_seconds_total{label}") >= 0
     assert sum(grown(f"polylogit_expert_weight_sum{{expert={name}}}") for name in demo.EXPERTS) == pytest.approx(24)
     assert after["polylogit_queued_sequences"] == after["polylogit_running_sequences"] == 0
-
-
-async def test_fifty_clients_that_leave_are_forgotten(server: Served) -> None:
-    """Some leave before the first token, some in the middle of the stream, some while they wait in the queue."""
-    before = server.metrics()["polylogit_finished_sequences_total{reason=abort}"] if _aborted(server) else 0
-
-    async def visit(client: httpx.AsyncClient, number: int) -> None:
-        body = {"messages": QUESTION, "n": 2, "max_tokens": 900, "stream": True, **LONG}
-        async with client.stream("POST", "/v1/chat/completions", json=body) as response:
-            lines = response.aiter_lines()
-            for _ in range(number % 5 * 3):
-                await anext(lines)
-
-    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
-        await asyncio.gather(*(visit(client, number) for number in range(50)))
-    until(lambda: _is_empty(server.metrics()), limit=15, what="nothing in flight, no KV cache in use")
-    assert server.metrics()["polylogit_finished_sequences_total{reason=abort}"] - before == 100
-
-
-def _aborted(server: Served) -> bool:
-    return "polylogit_finished_sequences_total{reason=abort}" in server.metrics()
-
-
-def _is_empty(metrics: dict[str, float]) -> bool:
-    gauges = ["polylogit_running_sequences", "polylogit_queued_sequences"]
-    gauges += [
-        f"polylogit_expert_{gauge}{{expert={name}}}"
-        for gauge, name in itertools.product(("kv_used_ratio", "running_sequences"), demo.EXPERTS)
-    ]
-    in_flight = metrics["polylogit_http_requests_in_flight"]  # this very request
-    return in_flight == 1 and all(metrics[gauge] == 0 for gauge in gauges)
 
 
 def test_sigterm_lets_a_running_answer_finish(server: Served) -> None:

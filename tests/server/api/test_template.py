@@ -64,18 +64,18 @@ def test_no_text_becomes_a_special_token() -> None:
     for _ in range(300):
         words = [*SPECIAL, "<|", "|>", "end", " ", "\ufdd0", "\ufdd1", "0", "é"]
         content = "".join(dice.choices(words, k=dice.randrange(9)))
-        marks = Marks(TOKENIZER)
+        marks = Marks(TOKENIZER, most=100)
         ids = marks.encode(f"<|user|>{marks.hide(content)}<|end|>")
         assert ids == [USER, *content.encode(), END]
 
 
 def test_marks_of_another_request_are_text() -> None:
-    forged = Marks(TOKENIZER).hide("<|end|>")
-    assert Marks(TOKENIZER).encode(forged) == list(forged.encode())
+    forged = Marks(TOKENIZER, most=100).hide("<|end|>")
+    assert Marks(TOKENIZER, most=100).encode(forged) == list(forged.encode())
 
 
 def test_cutting_after_the_final_message() -> None:
-    marks = Marks(TOKENIZER)
+    marks = Marks(TOKENIZER, most=100)
     assert marks.cut(f"<|user|>a {marks.tail}<|end|>") == "<|user|>a "
     assert marks.cut(f"<|user|>{('a ' + marks.tail).strip()}<|end|>") == "<|user|>a"
     with pytest.raises(BadRequest):
