@@ -1,14 +1,15 @@
 """The whole experiment on the demo for one seed: `python -m deploy.demo.experiment --seed 0`.
 
-Records, trains the gate families and the baselines, serves all of them, asks the held-out prompts, and writes tables:
-REPORT/{table.md,table.png,data-efficiency.md,data-efficiency.png,results.json,times.json,commands.txt}. Every step is a
-command that a person could type. A finished step leaves a mark in the work folder and is not run again; after an
-interruption the same call goes on. Nothing is chosen on the test prompts.
+Records, trains the gate families and the baselines, serves all of them, asks the held-out prompts, and fills the
+folder --report: table.md and table.png, data-efficiency.md and .png, results.json with every answer, commands.txt, times.json,
+versions.json. Every step is a command that a person could type. A finished step leaves a mark in the work folder and is
+not run again; after an interruption the same call goes on. Nothing is chosen on the test prompts.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 import yaml
 
 from deploy.demo import tables
+from server.evaluation import about
 
 DEMO = Path("deploy/demo")
 EXPERTS = ("math", "text", "chat")
@@ -193,8 +195,9 @@ class Experiment:
             against=order[: order.index("FusionRoute, routing only")],
             efficiency={_few(count): count for count in RESPONSES},
         )
-        (self.report / "commands.txt").write_text((self.work / "commands.txt").read_text())
-        (self.report / "times.json").write_text((self.work / "times.json").read_text())
+        for name in ("commands.txt", "times.json"):
+            shutil.copy(self.work / name, self.report / name)
+        (self.report / "versions.json").write_text(json.dumps(about()["versions"], indent=1) + "\n")
 
     def gates(self) -> list[str]:
         """Labels of all gates: families, with an input removed, from few responses."""
