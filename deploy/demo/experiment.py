@@ -1,9 +1,9 @@
 """The whole experiment on the demo for one seed: `python -m deploy.demo.experiment --seed 0`.
 
 Records, trains the gate families and the baselines, serves all of them, asks the held-out prompts, and fills the
-folder --report: table.md and table.png, data-efficiency.md and .png, results.json with every answer, commands.txt, times.json,
-versions.json. Every step is a command that a person could type. A finished step leaves a mark in the work folder and is
-not run again; after an interruption the same call goes on. Nothing is chosen on the test prompts.
+folder --report: table.md and table.png, data-efficiency.md and .png, results.json with every answer, commands.txt,
+times.json, versions.json. Every step is a command that a person could type. A finished step leaves a mark in the work
+folder and is not run again; after an interruption the same call goes on. Nothing is chosen on the test prompts.
 """
 
 import argparse
