@@ -121,6 +121,13 @@ class Logging(_Struct, frozen=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
+class Tracing(_Struct, frozen=True):
+    """`endpoint`: where OpenTelemetry spans go, by OTLP over HTTP: http://collector:4318. Without it the variable
+    OTEL_EXPORTER_OTLP_ENDPOINT (or ..._TRACES_ENDPOINT) says where; without both nothing is traced."""
+
+    endpoint: Annotated[str, msgspec.Meta(pattern="^https?://")] | None = None
+
+
 class Config(_Struct, frozen=True):
     """A deployment. `policies` are offered under their names; `default_policy` answers for the deployment's own name.
 
@@ -145,6 +152,7 @@ class Config(_Struct, frozen=True):
     limits: Limits = Limits()
     http: HttpConfig = HttpConfig()
     logging: Logging = Logging()
+    tracing: Tracing = Tracing()
     directory: str = "."
 
     @property

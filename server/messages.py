@@ -81,16 +81,28 @@ class Choice(Message, frozen=True, tag="Choice"):
     coefficients: list[float]
 
 
+class Timing(msgspec.Struct, array_like=True, gc=False):
+    """When a sequence was queued and admitted, each of the E experts had read its prompt (0: it does not use it), and
+    its first token was chosen. Seconds on the clock of `time.perf_counter`, which all processes of a machine share."""
+
+    queued: float
+    prefilled: list[float]
+    admitted: float = 0.0
+    first_token: float = 0.0
+
+
 class Progress(Message, frozen=True, tag="Progress"):
     """One tick's tokens: `tokens[i]` belongs to `sequences[i]`; `choices` has an entry for sequences that asked.
 
-    `cached_tokens` has one for sequences with their first token: prompt tokens found in every prefix cache.
+    `cached_tokens` has one for sequences with their first token: prompt tokens found in every prefix cache; `timings`
+    for those of them that are timed.
     """
 
     sequences: list[int]
     tokens: list[int]
     choices: dict[int, Choice] = {}
     cached_tokens: dict[int, int] = {}
+    timings: dict[int, Timing] = {}
 
 
 class Ended(Message, frozen=True, tag="Ended"):

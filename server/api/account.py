@@ -6,25 +6,29 @@ from dataclasses import dataclass, field
 
 from starlette.types import Scope
 
+from server.api.protocol import GenerationRequest
 from server.api.shapes import Usage
 from server.errors import RequestError
 
 
 @dataclass(slots=True)
 class Account:
-    """`model` is there once the request was accepted for generation, `usage` once that has ended. `error`: why there is
-    no whole answer; `failed`: the server is to blame."""
+    """`request` (for its parameters) and `model` are there once it was accepted for generation, `usage` once that has
+    ended. `error`: why there is no whole answer; `failed`: the server is to blame."""
 
     model: str | None = None
     usage: Usage | None = None
     finish_reasons: list[str] = field(default_factory=list)
     error: str | None = None
+    error_type: str | None = None
+    request: GenerationRequest | None = None
     failed: bool = False
 
     def note_error(self, error: RequestError) -> None:
         """Messages of refusals may quote the request: of these only the code is kept."""
         self.failed = error.status >= 500
-        self.error = error.message if self.failed else error.code or error.type
+        self.error_type = error.code or error.type
+        self.error = error.message if self.failed else self.error_type
 
 
 def account_of(scope: Scope) -> Account:

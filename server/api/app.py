@@ -32,6 +32,7 @@ from server.api.quotas import KeyLimited
 from server.api.services import Services
 from server.api.shapes import encode
 from server.api.tokens import detokenize, tokenize
+from server.api.tracing import Tracing
 from server.config import Config
 from server.errors import ConfigError
 from server.metrics import ApiMetrics, render
@@ -40,7 +41,7 @@ _STATS_SECONDS = 0.5
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def create_app(config: Config, client: EngineClient) -> FastAPI:
+def create_app(config: Config, client: EngineClient, tracing: Tracing | None = None) -> FastAPI:
     """The application. Reads the experts' tokenizers and the keys. Raises StartError."""
     services = Services(Deployment(config), client, ApiMetrics(config))
     app = FastAPI(title="polylogit", version=__version__, redoc_url=None)
@@ -52,11 +53,11 @@ def create_app(config: Config, client: EngineClient) -> FastAPI:
     models = (ChatRequest, CompletionRequest, TokenizeTextRequest, TokenizeChatRequest, DetokenizeRequest)
     describe(app, *models)
     install_handlers(app)
-    _add_middleware(app, config, services.metrics)
+    _add_middleware(app, config, services.metrics, tracing)
     return app
 
 
-def _add_middleware(app: FastAPI, config: Config, metrics: ApiMetrics) -> None:
+def _add_middleware(app: FastAPI, config: Config, metrics: ApiMetrics, tracing: Tracing | None) -> None:
     """The last one added is the first to see a request."""
     app.add_middleware(BodyLimited, most=config.limits.body_bytes)
     digests, limits = key_digests(_keys(config)), config.limits
@@ -66,7 +67,7 @@ def _add_middleware(app: FastAPI, config: Config, metrics: ApiMetrics) -> None:
         app.add_middleware(KeyLimited, most=limits.key_requests, per_minute=limits.key_requests_per_minute)
     if digests:
         app.add_middleware(KeyRequired, digests=digests)
-    app.add_middleware(Observed, metrics=metrics)
+    app.add_middleware(Observed, metrics=metrics, tracing=tracing)
     if origins := config.http.cors_origins:
         app.add_middleware(
             CORSMiddleware,

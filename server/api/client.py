@@ -23,6 +23,7 @@ from server.messages import (
     Status,
     Stop,
     Submit,
+    Timing,
     ToApi,
 )
 from server.request import FinishReason, SequenceRequest
@@ -52,7 +53,11 @@ class Link(Protocol):
 
 
 class Generation:
-    """The running sequences of one request. Leaving the `with` block aborts those that have not ended."""
+    """The running sequences of one request. Leaving the `with` block aborts those that have not ended.
+
+    `timings`: place of the sequence in the request -> when what happened to it, of those that are timed; `ended_at`:
+    when they ended, on the same clock.
+    """
 
     def __init__(self, client: EngineClient, numbers: Sequence[int]) -> None:
         self._client = client
@@ -61,6 +66,8 @@ class Generation:
         self._waiter: asyncio.Future[None] | None = None
         self._nudged = False
         self._error: Exception | None = None
+        self.timings: dict[int, Timing] = {}
+        self.ended_at: dict[int, float] = {}
 
     def __enter__(self) -> Generation:
         return self
@@ -111,6 +118,8 @@ class Generation:
 
     def end(self, place: int, ended: Ended) -> None:
         del self._live[place]
+        if place in self.timings:
+            self.ended_at[place] = time.perf_counter()
         if ended.reason in (FinishReason.ERROR, FinishReason.ABORT):
             self.fail(_failure(ended))
             return
@@ -241,6 +250,8 @@ class EngineClient:
                 generation, place = found
                 if number in message.cached_tokens:
                     generation.note_cached(place, message.cached_tokens[number])
+                if number in message.timings:
+                    generation.timings[place] = message.timings[number]
                 generation.put(place, token, choices.get(number))
 
     def _ended(self, message: Ended) -> None:

@@ -19,6 +19,7 @@ from server.api import playground
 from server.api.account import Account
 from server.api.faults import UnsupportedMedia, error_response
 from server.api.reply import ClientGone
+from server.api.tracing import Tracing
 from server.errors import BodyTooLarge, GenerationFailed, Unauthorized
 from server.logs import REQUEST_ID, fields
 from server.metrics import ApiMetrics
@@ -34,21 +35,25 @@ _PROBES = ("/health", "/health/live", "/health/ready", "/metrics")
 class Observed:
     """Gives the request its id, echoes it, logs one line, counts, and turns a bug into a 500 error object."""
 
-    def __init__(self, app: ASGIApp, metrics: ApiMetrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: ApiMetrics, tracing: Tracing | None) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         visit = _Visit(scope, send)
         REQUEST_ID.set(visit.request_id)
+        trace = scope["state"]["trace"] = self._tracing.start(scope) if self._tracing else None
         self._metrics.in_flight += 1
         try:
             await self._serve(visit, receive)
         finally:
             self._metrics.in_flight -= 1
             self._metrics.request(visit.route, visit.outcome, visit.seconds)
+            if trace:
+                trace.end(visit.request_id, visit.status, visit.route, visit.account, gone=visit.gone)
             level = logging.DEBUG if visit.route in _PROBES else logging.INFO
             _log.log(level, "request", extra=visit.figures())
 

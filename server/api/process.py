@@ -16,6 +16,7 @@ import uvloop
 from server.api.app import create_app
 from server.api.client import EngineClient
 from server.api.http import http_server
+from server.api.tracing import Tracing, close, tracer_provider
 from server.config import Config
 from server.messages import FromApi, ToApi
 from server.transport import AsyncChannel
@@ -37,10 +38,12 @@ async def serve(config: Config, address: str, listener: socket.socket) -> None:
     """As `run`, in the running event loop. Raises StartError."""
     # asyncio only does this for sockets that name their protocol; accepted ones inherit it
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    provider = tracer_provider(config)
     channel: AsyncChannel[ToApi, FromApi] = AsyncChannel(address, ToApi, bind=False)
     try:
+        tracing = None if provider is None else Tracing(provider, config.expert_names)
         client = EngineClient(channel)
-        server = http_server(create_app(config, client))
+        server = http_server(create_app(config, client, tracing))
         running = asyncio.create_task(client.run())
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         await asyncio.wait({running, serving}, return_when=asyncio.FIRST_COMPLETED)
@@ -49,3 +52,5 @@ async def serve(config: Config, address: str, listener: socket.socket) -> None:
         await running
     finally:
         channel.close()
+        if provider is not None:
+            close(provider)

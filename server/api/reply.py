@@ -7,6 +7,7 @@ stop string is complete. Knows the events of the coordinator and ASGI, not the s
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -18,7 +19,9 @@ from server.api.account import account_of
 from server.api.answers import Answer, PromptScores
 from server.api.client import Cached, EngineClient, Event, Generation
 from server.api.faults import error_event
+from server.api.protocol import GenerationRequest
 from server.api.shapes import DONE, KEEP_ALIVE, Shape, Usage
+from server.api.tracing import trace_of
 from server.config import HttpConfig
 from server.errors import RequestError
 from server.messages import Ended
@@ -47,14 +50,13 @@ class Job:
     sequences: list[SequenceRequest]
     answers: list[Answer]
     scores: list[PromptScores]
-    n: int
     shape: Shape
-    stream: bool
+    request: GenerationRequest
     model: str
 
     def usage(self) -> Usage:
         """A prompt counts once, however many choices it has."""
-        firsts = self.answers[:: self.n]
+        firsts = self.answers[:: self.request.n]
         return Usage(
             prompt_tokens=sum(len(answer.prompt) for answer in firsts),
             completion_tokens=sum(answer.count for answer in self.answers),
@@ -72,14 +74,16 @@ class Reply(Response):
         self._client = client
         self._metrics = metrics
         self._http = http
+        self._text_seconds = 0.0  # spent on turning tokens into text and events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         account = self._account = account_of(scope)
-        account.model = self._job.model
-        with self._client.start(self._job.sequences) as generation:
+        account.request, account.model = self._job.request, self._job.model
+        trace = trace_of(scope)
+        with self._client.start(trace.timed(self._job.sequences) if trace else self._job.sequences) as generation:
             watcher = asyncio.create_task(_watch(receive, generation))
             try:
-                if self._job.stream:
+                if self._job.request.stream:
                     await self._stream(generation, _Writer(scope, send, generation, self._http))
                 else:
                     await self._whole(generation, scope, receive, send)
@@ -90,6 +94,8 @@ class Reply(Response):
                 watcher.cancel()
                 account.usage = self._job.usage()
                 account.finish_reasons = [answer.finish_reason for answer in self._job.answers if answer.finish_reason]
+                if trace:
+                    trace.generated(self._job.sequences, generation, self._text_seconds)
 
     async def _whole(self, generation: Generation, scope: Scope, receive: Receive, send: Send) -> None:
         timing = self._metrics.timing()
@@ -97,7 +103,9 @@ class Reply(Response):
         while generation.unfinished:
             events = await generation.read()
             timing.tokens(_token_places(events))
+            started = time.perf_counter()
             _advance(generation, readers, events)
+            self._text_seconds += time.perf_counter() - started
         body = self._job.shape.response(self._job.answers, self._job.scores, self._job.usage())
         await Response(body, media_type="application/json")(scope, receive, send)
 
@@ -128,7 +136,9 @@ class Reply(Response):
             if not events:
                 await writer.write(KEEP_ALIVE)
                 continue
+            started = time.perf_counter()
             chunks = [shape.chunk(answer) for answer in _advance(generation, answers, events) if _speaks(answer, shape)]
+            self._text_seconds += time.perf_counter() - started
             if not opened:
                 chunks.insert(0, shape.opening(answers))
                 opened = True

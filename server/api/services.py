@@ -48,7 +48,7 @@ class Services:
         ]
         scoring = factory.scoring(prompts) if request.prompt_logprobs is not None else []
         scores = [PromptScores() for _ in scoring]
-        return Job(sequences + scoring, answers, scores, request.n, shape, request.stream, ensemble.model)
+        return Job(sequences + scoring, answers, scores, shape, request, ensemble.model)
 
     def reply(self, job: Job) -> Reply:
         return Reply(job, self.client, self.metrics, self.deployment.config.http)

@@ -23,6 +23,7 @@ from server.coordinator.fusion import Bool, Float32, Int32, Int64
 from server.coordinator.sampling import choose, penalise, uniforms
 from server.coordinator.stats import Counters
 from server.coordinator.table import ExpertRows, SequenceTable
+from server.coordinator.timings import Timings
 from server.messages import Add, Choice, Ended, Progress, Refused, Report, Scored, ToApi, Trace
 from server.policy import essential
 from server.request import FinishReason, SequenceRequest
@@ -66,6 +67,7 @@ class Coordinator:
         self._drop: list[list[int]] = [[] for _ in links]
         self._park: list[list[int]] = [[] for _ in links]
         self._token_of = np.zeros(len(table.active), np.int32)
+        self._timings = Timings(len(links))
         self.outbox: list[ToApi] = []
         self.draining = False
 
@@ -81,6 +83,8 @@ class Coordinator:
             self.outbox.append(self._trace(drawn))
         ended = self._advance(drawn) if drawn is not None else []
         self._admission.admit()
+        if self._timings:
+            self._timings.admitted(self._table.slot_of)
         self._step_engines()
         self._counters.clock.stop()
         if drawn is not None:
@@ -98,6 +102,8 @@ class Coordinator:
         going_on = np.zeros(len(self._table.active), bool)
         going_on[complete] = True
         for link, slots in fresh:
+            if self._timings:
+                self._timings.reported(link.index, self._table.sequence[slots].tolist(), link.arrived_at)
             if (parked := slots[~going_on[slots]]).size:
                 self._table.placed[parked, link.index] = False
                 self._park[link.index] += parked.tolist()
@@ -259,7 +265,8 @@ class Coordinator:
             good = np.flatnonzero(~drawn.fused.lost)
             sequences, tokens = drawn.sequences[good].tolist(), drawn.tokens[good].tolist()
         choices = {int(drawn.sequences[row]): _choice(drawn, row, count) for row, count in drawn.detailed}
-        self.outbox.append(Progress(sequences, tokens, choices, drawn.cached))
+        timings = self._timings.take(drawn.cached) if self._timings else {}
+        self.outbox.append(Progress(sequences, tokens, choices, drawn.cached, timings))
         self.outbox += ended
 
     def _count_reports(self) -> None:
@@ -284,10 +291,13 @@ class Coordinator:
         if refused is not None:
             for request in requests:
                 self._end(Ended(request.id, FinishReason.ERROR, message=refused[0], code=refused[1]))
+        else:
+            self._timings.queued(requests)
 
     def abort(self, sequences: list[int]) -> None:
         """Stop sequences, in every engine within one tick."""
         for sequence in sequences:
+            self._timings.forget(sequence)
             slot = self._table.slot_of.get(sequence)
             if slot is not None:
                 self._leave(slot)
@@ -381,6 +391,7 @@ class Coordinator:
 
     def _end(self, ended: Ended) -> None:
         self._counters.finished[ended.reason] += 1
+        self._timings.forget(ended.sequence)
         self.outbox.append(ended)
 
     def _leave(self, slot: int) -> None:

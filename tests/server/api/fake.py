@@ -4,6 +4,7 @@ to say."""
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from server.messages import (
     Status,
     Stop,
     Submit,
+    Timing,
     ToApi,
 )
 from server.request import FinishReason, SequenceRequest
@@ -106,7 +108,7 @@ class FakeCoordinator:
                 await asyncio.sleep(0.005)
 
     async def _answer(self, sequences: list[SequenceRequest]) -> None:
-        script = self.script
+        script, came = self.script, time.perf_counter()
         plans = {sequence.id: _cut(script.tokens(sequence), sequence) for sequence in sequences}
         asked = {sequence.id: sequence for sequence in sequences}
         for tick in range(max(map(len, plans.values()))):
@@ -115,12 +117,21 @@ class FakeCoordinator:
                 break
             choices = {n: self._choice(asked[n], token) for n, token in tokens.items() if _wants(asked[n])}
             cached = dict.fromkeys(tokens, script.cached) if tick == 0 else {}
-            await self._channel.send(Progress(list(tokens), list(tokens.values()), choices, cached))
+            timings = {n: self._timing(asked[n], came) for n in tokens if asked[n].timed} if tick == 0 else {}
+            await self._channel.send(Progress(list(tokens), list(tokens.values()), choices, cached, timings))
             await asyncio.sleep(script.pause)
         for number, plan in plans.items():
             if number in self.running:
                 self.running.discard(number)
                 await self._channel.send(_ended(script, asked[number], plan))
+
+    def _timing(self, sequence: SequenceRequest, came: float) -> Timing:
+        """Queued for a tenth of the time until now; the experts read the prompt one after another in the rest."""
+        now = time.perf_counter()
+        admitted = came + (now - came) / 10
+        share = (now - admitted) / len(sequence.prompts)
+        prefilled = [admitted + share * (index + 1) if own else 0.0 for index, own in enumerate(sequence.prompts)]
+        return Timing(came, prefilled, admitted, now)
 
     def _choice(self, sequence: SequenceRequest, token: int) -> Choice:
         """The token has log-probability -0.5, the id before it -1, the one before that -2 and so on."""

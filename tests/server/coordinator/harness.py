@@ -37,6 +37,7 @@ from server.messages import (
     Status,
     Stop,
     Submit,
+    Timing,
     ToApi,
     ToExpert,
     ToSupervisor,
@@ -53,7 +54,8 @@ SECONDS = 20.0
 
 
 class Deployment:
-    """`tokens`, `choices`, `cached`, `ended` (in order of arrival), `statuses`: what the coordinator told the api."""
+    """What the coordinator told the api: `tokens`, `choices`, `cached`, `timings`, `ended` (in order of arrival),
+    `statuses`."""
 
     def __init__(
         self, directory: Path, engines: list[FakeEngine], *, projector: Projector | None = None, **settings: Any
@@ -72,6 +74,7 @@ class Deployment:
         self.tokens: dict[int, list[int]] = defaultdict(list)
         self.choices: dict[int, list[Choice]] = defaultdict(list)
         self.cached: dict[int, int] = {}
+        self.timings: dict[int, Timing] = {}
         self.ended: dict[int, Ended] = {}
         self.statuses: list[Status] = []
         self.traces: list[Trace] = []
@@ -204,9 +207,10 @@ class Deployment:
 
     def _note(self, message: ToApi) -> None:
         match message:
-            case Progress(sequences=sequences, tokens=tokens, choices=choices, cached_tokens=cached):
+            case Progress(sequences=sequences, tokens=tokens, choices=choices, cached_tokens=cached, timings=timings):
                 assert not self.cached.keys() & cached.keys()
                 self.cached |= cached
+                self.timings |= timings
                 for sequence, token in zip(sequences, tokens, strict=True):
                     assert sequence not in self._terminal, "a token after the end"
                     self.tokens[sequence].append(token)
