@@ -16,9 +16,9 @@ import numba
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Compiled code is kept beside the sources, and is trusted like them; where they are read-only, each start compiles
-# anew.
-_CACHE = os.access(Path(__file__).parent, os.W_OK)
+# Compiled code is kept in NUMBA_CACHE_DIR, or beside the sources, and is trusted like them; where that is read-only,
+# each start compiles anew.
+_CACHE = os.access(numba.config.CACHE_DIR or Path(__file__).parent, os.W_OK)
 
 
 def compiled(function: Function) -> Function:
