@@ -30,15 +30,20 @@ class Mount:
 
 def load(file: str, **environment: str) -> dict[str, Any]:
     """deploy/`file`, its variables replaced by `environment` or their defaults."""
+    return _filled(yaml.safe_load((DEPLOY / file).read_text(encoding="utf-8")), environment)
 
-    def value(match: re.Match[str]) -> str:
-        default = match["default"]
-        if match["name"] not in environment and default is None:
-            raise KeyError(f"{file}: {match['name']} has no default")
-        return environment.get(match["name"], default)
 
-    text = (DEPLOY / file).read_text(encoding="utf-8")
-    return yaml.safe_load(_VARIABLE.sub(value, text))
+def _filled(node: Any, environment: dict[str, str]) -> Any:
+    """`node` with variables replaced. Raises KeyError for one without a value and a default."""
+    if isinstance(node, dict):
+        return {key: _filled(value, environment) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_filled(value, environment) for value in node]
+    if not isinstance(node, str):
+        return node
+    return _VARIABLE.sub(
+        lambda found: environment[found["name"]] if found["default"] is None else environment.get(*found.groups()), node
+    )
 
 
 def mounts(service: dict[str, Any]) -> list[Mount]:
@@ -51,7 +56,21 @@ def seconds(duration: str) -> float:
     return sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)([smh])", duration))
 
 
-def dockerfile_copies() -> dict[str, Path]:
-    """Place in the CPU image -> what it was copied from, here."""
-    text = (ROOT / "Dockerfile").read_text(encoding="utf-8").rpartition("\nFROM ")[2]
-    return {target: ROOT / source for source, target in re.findall(r"^COPY (?!--)(\S+) (\S+)$", text, re.MULTILINE)}
+def command(service: dict[str, Any]) -> list[str]:
+    """Its command, with the container's places replaced by what is mounted or copied there."""
+    return [str(here(service, argument)) if argument.startswith("/") else argument for argument in service["command"]]
+
+
+def here(service: dict[str, Any], place: str) -> Path:
+    """What lies at `place` in the service's container. Raises KeyError if nothing of the repository does."""
+    places = _copied() | {mount.target: mount.path for mount in mounts(service) if mount.path is not None}
+    for target, path in places.items():
+        if place == target or place.startswith(f"{target}/"):
+            return path / place[len(target) :].lstrip("/")
+    raise KeyError(place)
+
+
+def _copied() -> dict[str, Path]:
+    """Place in the CPU image -> what the Dockerfile's last stage copies there from the repository."""
+    last = (ROOT / "Dockerfile").read_text(encoding="utf-8").rpartition("\nFROM ")[2]
+    return {target: ROOT / source for source, target in re.findall(r"^COPY (?!--)(\S+) (\S+)$", last, re.MULTILINE)}

@@ -15,7 +15,7 @@ import yaml
 
 from server import supervisor
 from server.config import Config, load_config
-from tests.deploy.compose import DEPLOY, ROOT, dockerfile_copies, load, mounts, seconds
+from tests.deploy.compose import DEPLOY, ROOT, here, load, mounts, seconds
 
 SCHEMA = json.loads((Path(__file__).parent / "schema" / "compose-spec.json").read_text(encoding="utf-8"))
 FILES = sorted(file.name for file in DEPLOY.glob("compose*.yaml"))
@@ -32,13 +32,8 @@ def service(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def configuration(service: dict[str, Any]) -> Config:
-    """What a polylogit service serves, found through its command and its mounts or the image's files."""
-    place = service["command"][1]
-    places = {mount.target: mount.path for mount in mounts(service)}
-    inside = {f"{target}/{place.removeprefix(f'{target}/')}": path for target, path in dockerfile_copies().items()}
-    if path := places.get(place):
-        return load_config(path)
-    return load_config(inside[place] / Path(place).name)
+    """What a polylogit service serves."""
+    return load_config(here(service, service["command"][1]))
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -9,6 +9,7 @@ import pytest
 
 from server.config import parse_config
 from server.local import LocalDeployment
+from tests.deploy import compose
 from tests.e2e import demo, gates
 from tests.e2e.serving import Served, serve
 from tests.oracle.reference import Reference
@@ -69,6 +70,7 @@ def cramped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalDeploymen
 
 @pytest.fixture(scope="session")
 def demo_server() -> Iterator[Served]:
-    """`polylogit serve deploy/demo/polylogit.yaml`, for tests that only use it."""
-    with serve(demo.shipped()) as server:
+    """The demo as deploy/compose.yaml starts it, for tests that only use it."""
+    service = compose.load("compose.yaml")["services"]["demo"]
+    with serve([*compose.command(service), "--host", "127.0.0.1"], service["environment"]) as server:
         yield server

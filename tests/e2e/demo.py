@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 DEMO = Path(__file__).resolve().parents[2] / "deploy" / "demo"
 EXPERTS = ["math", "text", "chat"]
 VOCABULARY = 264
@@ -24,15 +22,6 @@ def conversations(count: int) -> list[list[dict[str, str]]]:
     chosen = lines[:: max(1, len(lines) // count)][:count]
     assert len(chosen) == count
     return [json.loads(line)["messages"] for line in chosen]
-
-
-def shipped() -> dict[str, Any]:
-    """The demo's own configuration file, readable from anywhere."""
-    data = yaml.safe_load((DEMO / "polylogit.yaml").read_text(encoding="utf-8"))
-    for expert in data["experts"]:
-        expert["model"] = str(DEMO / expert["model"])
-    data["gate"]["file"] = str(DEMO / data["gate"]["file"])
-    return data
 
 
 def configuration(*, experts: list[str] = EXPERTS, **changes: Any) -> dict[str, Any]:

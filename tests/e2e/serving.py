@@ -45,20 +45,24 @@ def until(condition: Callable[[], Value], *, limit: float, what: str) -> Value:
 class Served:
     """A running server. Its temporary directory is its own, so that what it leaves behind can be seen."""
 
-    def __init__(self, data: dict[str, Any], environment: dict[str, str]) -> None:
+    def __init__(self, what: dict[str, Any] | list[str], environment: dict[str, str]) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="e2e-"))
         self.sockets = self.directory / "tmp"
         self.sockets.mkdir()
-        file = self.directory / "polylogit.yaml"
-        file.write_text(yaml.safe_dump(data), encoding="utf-8")
+        arguments = what if isinstance(what, list) else ["serve", str(self._written(what))]
         with self._output.open("wb") as output, self._errors.open("wb") as errors:
             self.process = subprocess.Popen(
-                [POLYLOGIT, "serve", file, "--port", "0"],
+                [POLYLOGIT, *arguments, "--port", "0"],
                 stdout=output,
                 stderr=errors,
                 env={**os.environ, "TMPDIR": str(self.sockets), **environment},
             )
         self._seen: set[int] = set()
+
+    def _written(self, data: dict[str, Any]) -> Path:
+        file = self.directory / "polylogit.yaml"
+        file.write_text(yaml.safe_dump(data), encoding="utf-8")
+        return file
 
     @property
     def _output(self) -> Path:
@@ -159,9 +163,10 @@ class Served:
 
 
 @contextlib.contextmanager
-def serve(data: dict[str, Any], environment: dict[str, str] | None = None) -> Iterator[Served]:
-    """A ready server over the configuration `data`. At the end it must leave in order, if it has not already."""
-    server = Served(data, environment or {})
+def serve(what: dict[str, Any] | list[str], environment: dict[str, str] | None = None) -> Iterator[Served]:
+    """A ready server over a configuration's data, or of a command's arguments, with `environment` on top of ours. At
+    the end it must leave in order, if it has not already."""
+    server = Served(what, environment or {})
     try:
         server.wait_ready()
         yield server
