@@ -42,17 +42,27 @@ class GateModel(nn.Module):
                 projected = projection(hidden.float())
         return projected
 
+    @torch.jit.export
+    def observe(self, topk_logprobs: Tensor, topk_ids: Tensor, projected: Tensor) -> Tensor:
+        """([B, E, K], int64 [B, E, K], [B, E, d]) -> [B, W]: what a token shows, before any memory."""
+        inputs = projected.reshape(projected.size(0), -1)
+        if self.reads_topk:
+            inputs = torch.cat((topk_features(topk_logprobs, topk_ids), inputs), dim=1)
+        return torch.tanh(self.trunk(inputs))
+
+    @torch.jit.export
+    def decide(self, seen: Tensor, topk_logprobs: Tensor) -> Tensor:
+        """([B, W + S], [B, E, K]) -> coefficients [B, E]."""
+        absent = topk_logprobs[:, :, 0].isneginf()
+        coefficients: Tensor = self.head(seen).masked_fill(absent, -1e9).softmax(-1)
+        return coefficients
+
     def forward(
         self, topk_logprobs: Tensor, topk_ids: Tensor, projected: Tensor, state: Tensor
     ) -> tuple[Tensor, Tensor]:
         """([B, E, K], int64 [B, E, K], [B, E, d], [B, S]) -> (coefficients [B, E], next state [B, S])."""
-        inputs = projected.reshape(projected.size(0), -1)
-        if self.reads_topk:
-            inputs = torch.cat((topk_features(topk_logprobs, topk_ids), inputs), dim=1)
-        seen = torch.tanh(self.trunk(inputs))  # [B, WIDTH]
+        seen = self.observe(topk_logprobs, topk_ids, projected)
         if self.memory is not None:
             state = self.memory(seen, state)
             seen = torch.cat((seen, state), dim=1)
-        absent = topk_logprobs[:, :, 0].isneginf()
-        logits = self.head(seen).masked_fill(absent, -1e9)
-        return logits.softmax(-1), state
+        return self.decide(seen, topk_logprobs), state

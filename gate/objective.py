@@ -4,67 +4,45 @@ Neither objective sees a token label: only the correctness of a whole response. 
 models' weights or of how responses were made.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from gate.dataset import Records
-from gate.fuse import Candidates, candidates, fuse, token_slots
+from gate.dataset import Batch
+from gate.fuse import candidates, fuse, token_slots
 from gate.model import GateModel
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """Records with the union of the experts' lists worked out once. N tokens, E experts, U union slots."""
-
-    records: Records
-    union: Candidates
-    slots: Tensor  # int64 [N], the response token's slot in the union
-    listed: Tensor  # bool [N], False where no expert lists the token: such tokens are not trained on
-
-
-def prepare(records: Records) -> Prepared:
-    """Works out the unions in chunks, to bound memory."""
-    rows = torch.arange(len(records.tokens)).tensor_split(1 + len(records.tokens) // 8192)
-    chunks = [
-        candidates(records.topk_logprobs[chunk], records.topk_ids[chunk], records.vocabulary_size) for chunk in rows
-    ]
-    union = Candidates(torch.cat([chunk.ids for chunk in chunks]), torch.cat([chunk.logprobs for chunk in chunks]))
-    slots, listed = token_slots(union, records.tokens)
-    return Prepared(records, union, slots, listed)
+def gate_coefficients(model: GateModel, batch: Batch) -> Tensor:
+    """Coefficients [M, E] of every token of a batch; state starts at zero with each response."""
+    projected = batch.topk_logprobs.new_zeros(len(batch.tokens), batch.topk_ids.size(1), model.projected_size)
+    if model.projected_size:
+        projected = torch.stack([model.project(i, hidden) for i, hidden in enumerate(batch.hidden)], dim=1)
+    seen = model.observe(batch.topk_logprobs, batch.topk_ids, projected)  # [M, W]
+    if model.memory is not None:
+        seen = torch.cat((seen, _states(model.memory, seen, batch.mask)), dim=1)
+    return model.decide(seen, batch.topk_logprobs)
 
 
-def gate_coefficients(model: GateModel, state_size: int, records: Records, index: Tensor) -> Tensor:
-    """Coefficients [B, T, E] along responses given by token rows `index` [B, T]; state starts at zero."""
-    rows, steps = index.shape
-    flat = index.reshape(-1)
-    hidden = [states[flat] for states in records.hidden]
-    projected = torch.stack([model.project(i, states) for i, states in enumerate(hidden)], dim=1)
-    logprobs, ids = records.topk_logprobs[flat], records.topk_ids[flat]
-    if state_size == 0:
-        coefficients: Tensor = model(logprobs, ids, projected, projected.new_zeros(len(flat), 0))[0]
-        return coefficients.reshape(rows, steps, len(hidden))
-    state = projected.new_zeros(rows, state_size)
+def _states(memory: torch.nn.GRUCell, seen: Tensor, mask: Tensor) -> Tensor:
+    """The recurrent state [M, S] at every token."""
+    padded = seen.new_zeros(*mask.shape, seen.size(1))
+    padded[mask] = seen
+    state = seen.new_zeros(len(mask), memory.hidden_size)
     along = []
-    for step in range(steps):
-        now = torch.arange(rows) * steps + step
-        coefficients, state = model(logprobs[now], ids[now], projected[now], state)
-        along.append(coefficients)
-    return torch.stack(along, dim=1)
+    for now in padded.unbind(dim=1):
+        state = memory(now, state)
+        along.append(state)
+    return torch.stack(along, dim=1)[mask]
 
 
-def token_logprobs(
-    model: GateModel, state_size: int, space: str, prepared: Prepared, chosen: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Fused log-probability of every token of the chosen responses [B]: ([B, T], mask [B, T])."""
-    index, mask = prepared.records.padded_index(chosen)
-    coefficients = gate_coefficients(model, state_size, prepared.records, index)
-    flat = index.reshape(-1)
-    union = Candidates(prepared.union.ids[flat], prepared.union.logprobs[flat])
-    fused = fuse(coefficients.reshape(len(flat), -1), union, space)
-    slots = prepared.slots[flat].unsqueeze(1)
-    return fused.gather(1, slots).reshape(index.shape), mask & prepared.listed[index]
+def token_logprobs(model: GateModel, space: str, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Fused log-probability of every token ([B, T], mask [B, T]). Tokens that no expert lists are masked out."""
+    union = candidates(batch.topk_logprobs, batch.topk_ids, batch.vocabulary_size)
+    slots, listed = token_slots(union, batch.tokens)
+    fused = fuse(gate_coefficients(model, batch), union, space)
+    found = fused.gather(1, slots.unsqueeze(1)).squeeze(1)
+    logprobs = found.new_zeros(batch.mask.shape).masked_scatter(batch.mask, found)
+    return logprobs, torch.zeros_like(batch.mask).masked_scatter(batch.mask, listed)
 
 
 def broadcast_loss(logprobs: Tensor, mask: Tensor, rewards: Tensor, negative_weight: float) -> Tensor:
@@ -77,7 +55,7 @@ def broadcast_loss(logprobs: Tensor, mask: Tensor, rewards: Tensor, negative_wei
     right = rewards.unsqueeze(1)
     unlikelihood = torch.log1p(-logprobs.exp().clamp_max(1 - 1e-4))
     values = right * logprobs.clamp_min(-20.0) + negative_weight * (1 - right) * unlikelihood
-    return -(values * mask).sum() / mask.sum()
+    return -(values * mask).sum() / mask.sum().clamp_min(1)
 
 
 def group_advantages(rewards: Tensor, group: int) -> Tensor:
@@ -95,3 +73,12 @@ def clipped_policy_loss(logprobs: Tensor, old: Tensor, mask: Tensor, advantages:
     ratio = (logprobs - old).clamp(-5.0, 5.0).exp()
     gain = torch.minimum(ratio * advantages.unsqueeze(1), ratio.clamp(1 - clip, 1 + clip) * advantages.unsqueeze(1))
     return -(gain * mask).sum() / mask.sum().clamp_min(1)
+
+
+def divergence(logprobs: Tensor, start: Tensor, mask: Tensor) -> Tensor:
+    """Nats a token from the policy to the one it started from, by the estimator of GRPO's equation 4 (never negative).
+
+    logprobs, start, mask: [B, T], of tokens that the policy drew.
+    """
+    ratio = (start - logprobs).clamp(-5.0, 5.0)
+    return ((ratio.exp() - ratio - 1) * mask).sum() / mask.sum().clamp_min(1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gate import checkpoint
-from gate.contract import Contract
+from gate.contract import FORMAT_VERSION, Contract
 
 
 class UniformGate(nn.Module):
@@ -56,12 +56,10 @@ class RecordingGate(nn.Module):
         return coefficients, state
 
 
-def save_recording_gate(
-    path: Path, *, experts: list[str], vocabulary_hash: str, top_k: int, hidden_sizes: list[int]
-) -> None:
-    """Write a recording gate without a gate inside, for a deployment of these experts."""
+def uniform_gate(experts: list[str], vocabulary_hash: str, top_k: int) -> tuple[nn.Module, Contract]:
+    """A gate that weighs these experts equally, and its contract."""
     contract = Contract(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         experts=experts,
         vocabulary_hash=vocabulary_hash,
         top_k=top_k,
@@ -71,7 +69,7 @@ def save_recording_gate(
         projected_size=0,
         state_size=0,
     )
-    wrap(UniformGate(), contract, hidden_sizes, path)
+    return UniformGate(), contract
 
 
 def wrap(inner: Any, contract: Contract, hidden_sizes: list[int], path: Path) -> None:

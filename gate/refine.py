@@ -1,90 +1,133 @@
 """On-policy refinement: a group-relative policy gradient on the gate's own samples.
 
-Each step samples several responses to each of a few prompts from the fused policy, rewards whole responses,
-and moves the gate towards those better than their group. Knows nothing of files or of the command line.
+Each step draws several responses to each of a few prompts from the fused policy, rewards whole responses, and moves the
+gate towards those better than their group. Where samples come from is the caller's (`Policy`): the samples of
+`polylogit train` come through a deployment, so that what is trained is what is served.
 """
 
+import copy
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from gate.contract import Contract
-from gate.ensemble import Ensemble, gate_policy, roll_out
+from gate.curves import Point
+from gate.dataset import Batch, Records
 from gate.model import GateModel
-from gate.objective import clipped_policy_loss, group_advantages, prepare, token_logprobs
-from gate.record import Prompt, to_records
+from gate.objective import clipped_policy_loss, divergence, group_advantages, token_logprobs
+from gate.train import Progress
 
 
 @dataclass(frozen=True, slots=True)
 class Refinement:
-    """Settings of the refinement; `epochs` updates are made on each step's samples."""
+    """Settings of the refinement; `epochs` updates are made on each step's samples, `divergence_weight` holds the gate
+    near the one it started from. It ends early when `patience` validations, one every `interval` steps, brought nothing
+    better."""
 
     steps: int
-    prompts_per_step: int = 32
+    prompts: int = 32
     group: int = 8
     epochs: int = 4
     learning_rate: float = 1e-3
     clip: float = 0.2
+    divergence_weight: float = 0.01
     temperature: float = 1.0
-    max_tokens: int = 24
+    interval: int = 10
+    patience: int = 4
+
+
+class Policy(Protocol):
+    """The fused policy of a gate. Prompts are numbers."""
+
+    def load(self, model: GateModel) -> None:
+        """Sample from this gate from now on."""
+
+    def sample(self, prompts: list[int], copies: int, *, temperature: float, seed: int) -> Records:
+        """Graded responses, `copies` for each prompt, one prompt after the other."""
 
 
 def refine(
     model: GateModel,
     contract: Contract,
-    ensemble: Ensemble,
-    prompts: list[Prompt],
+    policy: Policy,
+    parts: tuple[list[int], list[int]],
     settings: Refinement,
+    progress: Progress,
+    *,
     seed: int,
+    report: Callable[[Progress], None],
 ) -> None:
-    """Trains `model` in place and prints the mean reward of the samples."""
-    rng = random.Random(seed)
-    generator = torch.Generator().manual_seed(seed)
+    """Trains `model` in place on prompts `parts[0]`, from where `progress` is; the weights with the best greedy reward
+    on `parts[1]` are kept, the last ones without any. `report` is called after each step."""
+    training, validation = parts
+    start = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
-    average = 0.0
-    for step in range(1, settings.steps + 1):
-        batch = rng.sample(prompts, settings.prompts_per_step)
-        reward = refinement_step(model, contract, ensemble, batch, settings, optimizer, generator)
-        average = reward if step == 1 else 0.9 * average + 0.1 * reward
-        if step % 10 == 0:
-            print(f"refine {step}/{settings.steps} mean sampled reward {average:.3f}", flush=True)
+    if progress.model:
+        model.load_state_dict(progress.model)
+        optimizer.load_state_dict(progress.optimizer)
+    elif validation:
+        policy.load(model)
+        reward = float(policy.sample(validation, 1, temperature=0.0, seed=seed).rewards.mean())
+        progress.measure(model, reward)
+        progress.points.append(Point("refine", 0, validation=reward))
+    for step in range(progress.step + 1, settings.steps + 1):
+        policy.load(model)
+        chosen = random.Random(f"{seed} {step}").sample(training, min(settings.prompts, len(training)))
+        made = policy.sample(chosen, settings.group, temperature=settings.temperature, seed=seed * 1_000_003 + step)
+        away = update(model, start, contract.space, made, settings, optimizer)
+        measured = None
+        if validation and (step % settings.interval == 0 or step == settings.steps):
+            policy.load(model)
+            measured = float(policy.sample(validation, 1, temperature=0.0, seed=seed).rewards.mean())
+            progress.measure(model, measured)
+        elif not validation:
+            progress.measure(model, step)
+        point = Point("refine", step, validation=measured, reward=float(made.rewards.mean()), divergence=away)
+        progress.points.append(point)
+        progress.keep(model, optimizer, step)
+        report(progress)
+        if validation and progress.since >= settings.patience:
+            break
+    model.load_state_dict(progress.best)
 
 
-def refinement_step(
+def update(
     model: GateModel,
-    contract: Contract,
-    ensemble: Ensemble,
-    batch: list[Prompt],
+    start: GateModel,
+    space: str,
+    made: Records,
     settings: Refinement,
     optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-) -> float:
-    """Samples, rewards and updates once. Returns the mean reward."""
-    policy = gate_policy("gate", contract.space, model, contract.state_size)
-    cursor = ensemble.prefill([prompt.tokens for prompt in batch]).fork(settings.group)
-    rollout = roll_out(
-        ensemble,
-        cursor,
-        policy,
-        temperature=settings.temperature,
-        max_tokens=settings.max_tokens,
-        generator=generator,
-    )
-    repeated = [prompt for prompt in batch for _ in range(settings.group)]
-    prepared = prepare(to_records(ensemble, rollout, repeated, "gate"))
-    rewards = prepared.records.rewards
-    advantages = group_advantages(rewards, settings.group)
+) -> float | None:
+    """Learns from one step's samples; nats a token between the policy that drew them and `start`, None if no group had
+    both better and worse responses."""
+    advantages = group_advantages(made.rewards, settings.group)
     useful = advantages.nonzero().squeeze(1)
-    if len(useful) == 0:
-        return float(rewards.mean())
+    if not len(useful):
+        return None
+    device = next(model.parameters()).device
+    batch = made.batch(useful, device)
+    gains = advantages[useful].to(device)
     with torch.no_grad():
-        old, _ = token_logprobs(model, contract.state_size, contract.space, prepared, useful)
+        old, mask = token_logprobs(model, space, batch)
+        first, _ = token_logprobs(start, space, batch)
+        away = float(divergence(old, first, mask))
     for _ in range(settings.epochs):
-        now, mask = token_logprobs(model, contract.state_size, contract.space, prepared, useful)
-        loss = clipped_policy_loss(now, old, mask, advantages[useful], settings.clip)
+        loss = _loss(model, space, batch, old, first, gains, settings)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    return float(rewards.mean())
+    return away
+
+
+def _loss(
+    model: GateModel, space: str, batch: Batch, old: Tensor, first: Tensor, gains: Tensor, settings: Refinement
+) -> Tensor:
+    now, mask = token_logprobs(model, space, batch)
+    loss = clipped_policy_loss(now, old, mask, gains, settings.clip)
+    return loss + settings.divergence_weight * divergence(now, first, mask)

@@ -1,130 +1,189 @@
-"""Trains a gate from response-level correctness: `python -m gate.train`.
+"""Trains a gate on recorded responses by DLLG's objective. Knows nothing of files, of the command line or the server.
 
-First DLLG's objective on recorded responses, then, if asked for, an on-policy refinement. Writes one
-checkpoint with its contract. Knows nothing of the server.
+Held-out prompts decide which weights are kept and when to stop; what is in between can be taken up again (`Progress`).
 """
 
-import argparse
+import copy
+import hashlib
+import statistics
 import time
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from gate import checkpoint, dataset
-from gate.contract import FORMAT_VERSION, Contract, vocabulary_hash
-from gate.ensemble import Ensemble
+from gate.checkpoint import Gate
+from gate.contract import Contract
+from gate.curves import Point
+from gate.dataset import Records
+from gate.errors import GateError
 from gate.model import GateModel
-from gate.objective import Prepared, broadcast_loss, prepare, token_logprobs
-from gate.record import expert_folders, read_prompts
-from gate.refine import Refinement, refine
+from gate.objective import broadcast_loss, token_logprobs
+
+RIGHT = 0.5
+"""A response with at least this reward counts as right where it must be one or the other."""
+_VALIDATION_BATCH = 512
+
+
+class TrainingError(GateError):
+    """Nothing can be learned from these responses."""
 
 
 @dataclass(frozen=True, slots=True)
 class Broadcast:
-    """Settings of the recorded-response objective."""
+    """Settings of the recorded-response objective. The learning rate falls linearly to zero over `updates`; it ends
+    earlier when `patience` measurements on held-out prompts, one every `interval` updates, brought nothing better."""
 
-    epochs: int
+    updates: int = 1000
     batch_size: int = 128  # responses
     learning_rate: float = 3e-3
     negative_weight: float = 0.02
+    interval: int = 50
+    patience: int = 6
 
 
-def fit_broadcast(
-    model: GateModel, contract: Contract, prepared: Prepared, settings: Broadcast, seed: int
-) -> list[float]:
-    """Trains `model` in place; the learning rate falls linearly to zero. Returns each epoch's mean loss."""
-    generator = torch.Generator().manual_seed(seed)
-    rewards = prepared.records.rewards
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.01)
-    updates = settings.epochs * -(-len(rewards) // settings.batch_size)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1.0 - done / updates)
-    history = []
-    for epoch in range(settings.epochs):
-        losses = []
-        order = torch.randperm(len(rewards), generator=generator)
-        for chosen in order.tensor_split(updates // settings.epochs):
-            logprobs, mask = token_logprobs(model, contract.state_size, contract.space, prepared, chosen)
-            loss = broadcast_loss(logprobs, mask, rewards[chosen], settings.negative_weight)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            rate.step()
-            losses.append(loss.item())
-        history.append(sum(losses) / len(losses))
-        print(f"broadcast epoch {epoch + 1}/{settings.epochs} loss {history[-1]:.4f}", flush=True)
-    return history
+@dataclass(slots=True)
+class Progress:
+    """Where a training is: all that is needed to go on. `best`: the weights with the best `score` so far (higher is
+    better); `start`: those with which the phase began; the step and the optimiser belong to the current phase."""
+
+    phase: str = "broadcast"
+    step: int = 0
+    score: float = float("-inf")
+    since: int = 0  # measurements since the best
+    start: dict[str, Tensor] = field(default_factory=dict)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    model: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    points: list[Point] = field(default_factory=list)
+
+    def measure(self, model: GateModel, score: float) -> None:
+        """Keep the weights if they are the best so far."""
+        self.since += 1
+        if score > self.score:
+            self.score, self.since = score, 0
+            self.best = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+
+    def keep(self, model: GateModel, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Note where the phase is."""
+        self.step = step
+        self.model = copy.deepcopy(model.state_dict())
+        self.optimizer = copy.deepcopy(optimizer.state_dict())
+
+    def enter(self, phase: str, model: GateModel) -> None:
+        """Begin the next phase with the weights of `model`."""
+        self.start = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+        self.phase, self.step, self.score, self.since = phase, 0, float("-inf"), 0
+        self.best, self.model, self.optimizer = {}, {}, {}
 
 
-def make_contract(
-    ensemble: Ensemble,
-    tokenizer_json: Path,
+def held_out(prompt: str, seed: int, share: float) -> bool:
+    """Whether a prompt is for validation: a function of its id and the seed."""
+    drawn = hashlib.sha256(f"{seed} {prompt}".encode()).digest()[:8]
+    return int.from_bytes(drawn) < share * 2**64
+
+
+def split(records: Records, *, seed: int, share: float, most: int | None) -> tuple[Tensor, Tensor]:
+    """(responses to train on, responses to validate on), of `most` drawn at random if given; no prompt is in both.
+
+    Raises TrainingError if there is no right or no wrong response to train on.
+    """
+    order = torch.randperm(len(records.rewards), generator=torch.Generator().manual_seed(seed))
+    if most is not None and most > len(order):
+        raise TrainingError(f"{most} responses are wanted, the traces have {len(order)}")
+    chosen = order[:most]
+    held = torch.tensor([held_out(records.prompts[number], seed, share) for number in chosen.tolist()])
+    training = chosen[~held]
+    for name, there in (("right", records.rewards[training] >= RIGHT), ("wrong", records.rewards[training] < RIGHT)):
+        if not there.any():
+            raise TrainingError(f"none of the {len(training)} responses to train on is {name}: nothing to learn from")
+    return training, chosen[held]
+
+
+def fit(
+    model: GateModel,
+    contract: Contract,
+    records: Records,
+    parts: tuple[Tensor, Tensor],
+    settings: Broadcast,
+    progress: Progress,
     *,
-    space: Literal["logprob", "prob"],
-    inputs: list[Literal["topk", "hidden"]],
-    projected_size: int,
-    state_size: int,
-) -> Contract:
-    """The contract of a new gate over these experts."""
-    reads_hidden = "hidden" in inputs
-    return Contract(
-        format_version=FORMAT_VERSION,
-        experts=ensemble.names,
-        vocabulary_hash=vocabulary_hash(tokenizer_json),
-        top_k=ensemble.top_k,
-        space=space,
-        inputs=inputs,
-        hidden_sizes=ensemble.hidden_sizes if reads_hidden else [],
-        projected_size=projected_size if reads_hidden else 0,
-        state_size=state_size,
+    seed: int,
+    report: Callable[[Progress], None],
+) -> None:
+    """Trains `model` in place, from where `progress` is; the best weights on held-out prompts are kept, the last ones
+    without any. `report` is called after each measurement."""
+    training, validation = parts
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.01)
+    if progress.model:
+        model.load_state_dict(progress.model)
+        optimizer.load_state_dict(progress.optimizer)
+    losses: list[float] = []
+    for step in range(progress.step, settings.updates):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * (1 - step / settings.updates)
+        batch = records.batch(_drawn(training, settings.batch_size, step, seed), device)
+        logprobs, mask = token_logprobs(model, contract.space, batch)
+        loss = broadcast_loss(logprobs, mask, batch.rewards, settings.negative_weight)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(loss.item())
+        if (step + 1) % settings.interval == 0 or step + 1 == settings.updates:
+            measured = validation_loss(model, contract.space, records, validation, settings.negative_weight)
+            progress.measure(model, step if measured is None else -measured)
+            progress.points.append(Point("broadcast", step + 1, statistics.fmean(losses), measured))
+            progress.keep(model, optimizer, step + 1)
+            report(progress)
+            losses = []
+            if progress.since >= settings.patience:
+                break
+    model.load_state_dict(progress.best)
+
+
+def _drawn(training: Tensor, size: int, step: int, seed: int) -> Tensor:
+    """The responses of update number `step`: the training set in an order of its own each time round."""
+    size = min(size, len(training))
+    turn, place = divmod(step, len(training) // size)
+    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed * 1_000_003 + turn))
+    return training[order[place * size : (place + 1) * size]]
+
+
+@torch.no_grad()
+def validation_loss(
+    model: GateModel, space: str, records: Records, chosen: Tensor, negative_weight: float
+) -> float | None:
+    """Mean loss a token on `chosen` responses, None without any."""
+    if not len(chosen):
+        return None
+    device = next(model.parameters()).device
+    total, tokens = 0.0, 0.0
+    for part in torch.split(chosen, _VALIDATION_BATCH):
+        batch = records.batch(part, device)
+        logprobs, mask = token_logprobs(model, space, batch)
+        loss = broadcast_loss(logprobs, mask, batch.rewards, negative_weight)
+        total, tokens = total + loss.item() * mask.sum().item(), tokens + mask.sum().item()
+    return total / max(1.0, tokens)
+
+
+def forward_microseconds(gate: Gate, rows: int, repeats: int = 200) -> float:
+    """Median time of one `forward` over made-up rows, with as many threads as torch has now."""
+    contract = gate.contract
+    experts = len(contract.experts)
+    logprobs = torch.randn(rows, experts, contract.top_k).log_softmax(-1).sort(-1, descending=True).values
+    ids = torch.randint(0, 1000, logprobs.shape)
+    arguments = (
+        logprobs,
+        ids,
+        torch.randn(rows, experts, contract.projected_size),
+        torch.zeros(rows, contract.state_size),
     )
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--experts", nargs="+", required=True, metavar="NAME=FOLDER")
-    parser.add_argument("--traces", type=Path, required=True, help="written by gate.record")
-    parser.add_argument("--prompts", type=Path, required=True, help="for the refinement's samples")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--space", choices=["logprob", "prob"], default="logprob")
-    parser.add_argument("--inputs", nargs="+", choices=["topk", "hidden"], default=["topk", "hidden"])
-    parser.add_argument("--projected-size", type=int, default=12)
-    parser.add_argument("--state-size", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--negative-weight", type=float, default=0.02)
-    parser.add_argument("--refine-steps", type=int, default=0)
-    parser.add_argument("--refine-rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    began = time.perf_counter()
-    torch.manual_seed(arguments.seed)
-    records = dataset.load(arguments.traces)
-    folders = expert_folders(arguments.experts)
-    ensemble = Ensemble(folders, top_k=records.topk_ids.size(2))
-    contract = make_contract(
-        ensemble,
-        next(iter(folders.values())) / "tokenizer.json",
-        space=arguments.space,
-        inputs=arguments.inputs,
-        projected_size=arguments.projected_size,
-        state_size=arguments.state_size,
-    )
-    model = GateModel(contract)
-    broadcast = Broadcast(epochs=arguments.epochs, negative_weight=arguments.negative_weight)
-    fit_broadcast(model, contract, prepare(records), broadcast, arguments.seed)
-    print(f"broadcast objective done, {time.perf_counter() - began:.0f}s", flush=True)
-    if arguments.refine_steps:
-        settings = Refinement(steps=arguments.refine_steps, learning_rate=arguments.refine_rate)
-        refine(model, contract, ensemble, read_prompts(arguments.prompts, ensemble), settings, arguments.seed)
-    checkpoint.save(model, contract, arguments.output)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{size} parameters, {time.perf_counter() - began:.0f}s -> {arguments.output}")
-
-
-if __name__ == "__main__":
-    main()
+    times = []
+    for _ in range(repeats + 20):
+        began = time.perf_counter()
+        gate.forward(*arguments)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[20:]) * 1e6

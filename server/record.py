@@ -7,13 +7,11 @@ after an interruption. Responses are graded in threads while the engines go on.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -22,18 +20,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gate import checkpoint
-from gate.contract import CheckpointError, mismatches, sha256_file, vocabulary_hash
+from gate.contract import sha256_file
 from gate.graders import Grader, load_grader
 from gate.prompts import PromptsError, check_gradable, read_prompts, read_rows
-from gate.recording import save_recording_gate, wrap
 from gate.traces import FORMAT_VERSION, Manifest, Response, TraceWriter
 from server.check import check
-from server.config import Config, GateConfig, load_config
+from server.config import Config, load_config
 from server.errors import ConfigError
-from server.local import LocalDeployment
-from server.model_files import ModelFiles, fingerprint, read_model_files
 from server.policy import Gate, Policy, Single, needs_gate
+from server.recording import (
+    fingerprints,
+    hidden_sizes,
+    load_gate,
+    model_files,
+    recording_deployment,
+    reward_of,
+    seed_of,
+    to_response,
+    vocabulary_of,
+)
 from server.rollout import Rollout, Rollouts, Task, Texts
 
 GIVEN = ("answer", "response")
@@ -79,7 +84,7 @@ class Plan:
                     yield self._task(task, prompts, source, None if text is None else texts.response(text)), row, source
 
     def _task(self, number: int, prompts: list[list[int]], source: int, given: list[int] | None) -> Task:
-        seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)[0])
+        seed = seed_of(self.seed, number)
         return Task(number, prompts, self.policies[source], self.temperature, seed, given or [])
 
 
@@ -90,6 +95,7 @@ def record(options: argparse.Namespace) -> int:
     grader = load_grader(options.grader)
     plan = _plan(config, options)
     check_gradable(plan.rows, grader)
+    gate = None if options.gate is None else load_gate(config, options.gate)
     texts = Texts(config)
     console = Console(stderr=True)
     if isolation := getattr(grader, "isolation", None):
@@ -100,7 +106,7 @@ def record(options: argparse.Namespace) -> int:
             console.print(f"{options.output}: all {plan.size} responses are there", highlight=False)
             return 0
         with (
-            recording_deployment(config, hidden=options.hidden, gate=options.gate) as (deployment, _),
+            recording_deployment(config, _sizes(config, options.hidden), gate) as (deployment, _),
             _bar(console) as bar,
         ):
             rollouts = Rollouts(
@@ -120,71 +126,8 @@ def record(options: argparse.Namespace) -> int:
     return 0
 
 
-@contextmanager
-def recording_deployment(
-    config: Config, *, hidden: bool, gate: Path | None = None
-) -> Iterator[tuple[LocalDeployment, Path]]:
-    """The deployment, started with a recording gate around `gate` instead of its own gate; (it, a directory for more
-    such checkpoints). Without `hidden`, with `gate` as it is. Raises StartError, CheckpointError."""
-    with tempfile.TemporaryDirectory(prefix="polylogit-") as directory:
-        file = gate
-        if hidden:
-            file = Path(directory) / "recording.pt"
-            _save_recording_gate(config, gate, file)
-        limits = msgspec.structs.replace(config.limits, queue=max(config.limits.queue, config.limits.sequences))
-        chosen = None if file is None else GateConfig(str(file.resolve()), on_failure="fail")
-        with LocalDeployment(msgspec.structs.replace(config, gate=chosen, limits=limits)) as deployment:
-            yield deployment, Path(directory)
-
-
-def hidden_sizes(config: Config) -> list[int]:
-    """H_i of each expert."""
-    return [files.hidden_size for files in _files(config)]
-
-
-def vocabulary_of(config: Config) -> str:
-    """The hash of the experts' vocabulary."""
-    return vocabulary_hash(config.path(config.experts[0].model) / "tokenizer.json")
-
-
-def fingerprints(config: Config) -> list[str]:
-    """What tells one expert from another, for each."""
-    return [
-        fingerprint(files, [expert.dtype, expert.system_prompt, _template(config, expert.chat_template)])
-        for files, expert in zip(_files(config), config.experts, strict=True)
-    ]
-
-
-def _template(config: Config, file: str | None) -> str | None:
-    return None if file is None else config.path(file).read_text(encoding="utf-8")
-
-
-def _files(config: Config) -> list[ModelFiles]:
-    return [read_model_files(config.path(expert.model)) for expert in config.experts]
-
-
 def _sizes(config: Config, hidden: bool) -> list[int]:
     return hidden_sizes(config) if hidden else []
-
-
-def _save_recording_gate(config: Config, gate: Path | None, path: Path) -> None:
-    sizes, vocabulary = hidden_sizes(config), vocabulary_of(config)
-    if gate is None:
-        save_recording_gate(
-            path, experts=config.expert_names, vocabulary_hash=vocabulary, top_k=config.top_k, hidden_sizes=sizes
-        )
-        return
-    loaded = checkpoint.load(gate)
-    problems = mismatches(
-        loaded.contract,
-        experts=config.expert_names,
-        vocabulary_hash=vocabulary,
-        top_k=config.top_k,
-        hidden_sizes=sizes,
-    )
-    if problems:
-        raise CheckpointError(f"{gate}: {'; '.join(problems)}")
-    wrap(loaded.module, loaded.contract, sizes, path)
 
 
 def _plan(config: Config, options: argparse.Namespace) -> Plan:
@@ -238,7 +181,7 @@ def _given(rows: list[dict[str, Any]], options: argparse.Namespace) -> list[list
 
 
 def _manifest(config: Config, options: argparse.Namespace, plan: Plan) -> Manifest:
-    files = _files(config)
+    files = model_files(config)
     return Manifest(
         format_version=FORMAT_VERSION,
         experts=config.expert_names,
@@ -288,27 +231,6 @@ def _graded(
                 ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in ready)
         yield from (future.result() for future in waiting)
-
-
-def reward_of(rollout: Rollout, row: dict[str, Any], texts: Texts, grader: Grader) -> float:
-    """What the grader gives; 0 for a response that was cut at its most tokens."""
-    return grader(row, texts.text(rollout.tokens.tolist())) if rollout.finished else 0.0
-
-
-def to_response(rollout: Rollout, row: int, name: str, source: int, reward: float, sizes: list[int]) -> Response:
-    """A rollout with its reward, as it is kept. `sizes`: H_i of each expert, empty to leave hidden states out."""
-    return Response(
-        task=rollout.task.number,
-        prompt=row,
-        prompt_id=name,
-        source=source,
-        temperature=rollout.task.temperature,
-        reward=reward,
-        tokens=rollout.tokens,
-        topk_ids=rollout.ids,
-        topk_logprobs=rollout.logprobs,
-        hidden=[rollout.projected[:, index, :size] for index, size in enumerate(sizes)],
-    )
 
 
 def _bar(console: Console) -> Progress:
