@@ -115,6 +115,8 @@ def _refine(
 def _samples(options: argparse.Namespace) -> tuple[list[dict[str, Any]], Grader] | None:
     """What a refinement draws for: prompts and their grader; None without one."""
     if not options.refine_steps:
+        if options.prompts is not None or options.grader is not None:
+            raise ConfigError("--prompts and --grader are for --refine-steps; the traces have their own")
         return None
     if options.prompts is None or options.grader is None:
         raise ConfigError("--refine-steps needs --prompts and --grader")

@@ -28,9 +28,9 @@ START = "text"  # the expert from which FusionRoute's router is trained, as the 
 FAMILIES = {
     "gate, top-k only": ["--inputs", "topk"],
     "gate, hidden only": ["--inputs", "hidden"],
-    "gate, both": ["--inputs", "topk", "hidden"],
-    "gate, both + state": ["--inputs", "topk", "hidden", "--state-size", "16"],
-    "gate, both + state + refinement": ["--inputs", "topk", "hidden", "--state-size", "16"],
+    "gate, both": ["--inputs", "topk,hidden"],
+    "gate, both + state": ["--inputs", "topk,hidden", "--state-size", "16"],
+    "gate, both + state + refinement": ["--inputs", "topk,hidden", "--state-size", "16"],
 }
 FULL = list(FAMILIES)[-1]
 REFINEMENT_STEPS = 40
@@ -110,16 +110,19 @@ class Experiment:
         )  # fmt: skip
 
     def train(self, name: str) -> None:
-        refined = ["--refine-steps", REFINEMENT_STEPS] if name.endswith("refinement") else []
-        self._train(self.gate(name), [*FAMILIES[name], *refined])
+        refined = [
+            "--refine-steps", REFINEMENT_STEPS, "--prompts", self.prompts / "train.jsonl", "--grader", "exact",
+            "--max-tokens", ANSWER_TOKENS,
+        ]  # fmt: skip
+        self._train(self.gate(name), [*FAMILIES[name], *(refined if name.endswith("refinement") else [])])
 
     def train_few(self, count: int) -> None:
         self._train(self.gate(_few(count)), [*FAMILIES["gate, both"], "--responses", count])
 
     def _train(self, output: Path, settings: list[object]) -> None:
         self.polylogit(
-            "train", self.config("demo"), "--traces", self.work / "traces", "--prompts", self.prompts / "train.jsonl",
-            "--output", output, "--seed", self.seed, *settings,
+            "train", self.config("demo"), "--traces", self.work / "traces", "--output", output, "--seed", self.seed,
+            *settings,
         )  # fmt: skip
 
     def remove_inputs(self) -> None:

@@ -55,14 +55,12 @@ def records(responses=40, length=4, seed=0):
     rewards = (torch.arange(responses) % 2).float()
     tokens = torch.where(rewards.repeat_interleave(length) == 1, right, right + 1)
     return Records(
-        experts=EXPERTS,
         vocabulary_size=VOCABULARY,
-        topk_logprobs=best.values,
-        topk_ids=best.indices,
-        hidden=hidden,
-        tokens=tokens,
+        topk_logprobs=best.values.half(),
+        topk_ids=best.indices.int(),
+        hidden=[states.half() for states in hidden],
+        tokens=tokens.int(),
         lengths=torch.full((responses,), length),
         rewards=rewards,
-        prompts=torch.arange(responses),
-        sources=["test"] * responses,
+        prompts=[f"p{number}" for number in range(responses)],
     )

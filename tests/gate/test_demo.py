@@ -1,20 +1,14 @@
-"""The demo's tokenizer, tasks and prompt files, and the recording loop on small random experts."""
+"""The demo's tokenizer, tasks, prompt files and shipped gate."""
 
 import json
 import random
 
 import pytest
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from deploy.demo.train import experts, tasks, tokenizer
 from gate import checkpoint
 from gate.contract import mismatches, vocabulary_hash
-from gate.ensemble import Ensemble, constant_policy, gate_policy, roll_out
-from gate.model import GateModel
-from gate.record import Prompt, fixed_policies, record_batch, responses
-from gate.refine import Refinement, refine
-from gate.train import make_contract
 from tests.gate.examples import ROOT
 
 DEMO = ROOT / "deploy/demo"
@@ -89,102 +83,8 @@ def test_shipped_prompt_files_are_disjoint():
     assert not train & test
 
 
-@pytest.fixture(scope="module")
-def ensemble(tmp_path_factory):
-    folders = {}
-    for seed, name in enumerate(("math", "text")):
-        torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=tokenizer.VOCABULARY_SIZE,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            initializer_range=0.2,
-        )
-        folders[name] = tmp_path_factory.mktemp(name)
-        LlamaForCausalLM(config).save_pretrained(folders[name])
-        tokenizer.save(folders[name])
-    return Ensemble(folders, top_k=16)
-
-
-def prompts(ensemble):
-    texts = ["Hi", "Add 27 and 58, then reverse stone."]
-    return [
-        Prompt(number, "mixed", ensemble.encode([{"role": "user", "content": text}]), "85")
-        for number, text in enumerate(texts)
-    ]
-
-
-def test_cached_rollout_equals_teacher_forcing_and_hidden_gives_the_logits(ensemble):
-    """Left padding, KV cache and fork against one plain forward pass per row."""
-    asked = prompts(ensemble)
-    generator = torch.Generator().manual_seed(0)
-    cursor = ensemble.prefill([prompt.tokens for prompt in asked]).fork(1)
-    policy = constant_policy("uniform", "prob", [0.5, 0.5])
-    rollout = roll_out(ensemble, cursor, policy, temperature=1.0, max_tokens=5, generator=generator)
-    for row, prompt in enumerate(asked):
-        length = int(rollout.lengths[row])
-        response = rollout.tokens[row, :length].tolist()
-        scored = ensemble.score([prompt.tokens], [response])
-        model = ensemble.models[1]
-        logits = model(torch.tensor([prompt.tokens + response])).logits[0].detach()
-        for step in range(length):
-            full = logits[len(prompt.tokens) - 1 + step].log_softmax(-1)
-            for views in (rollout.views, scored.views):
-                at = row if views is rollout.views else 0
-                listed = full[views[step].topk_ids[at, 1]]
-                torch.testing.assert_close(views[step].topk_logprobs[at, 1], listed, atol=1e-4, rtol=1e-4)
-                again = model.lm_head(views[step].hidden[1][at]).log_softmax(-1).detach()
-                torch.testing.assert_close(again, full, atol=1e-4, rtol=1e-4)
-
-
-def test_record_batch_rewards_only_the_reference(ensemble):
-    asked = prompts(ensemble)
-    made = record_batch(
-        ensemble,
-        asked,
-        fixed_policies(ensemble.names),
-        temperature=1.0,
-        max_tokens=4,
-        generator=torch.Generator().manual_seed(0),
-    )
-    assert int(made.lengths.sum()) == len(made.tokens) == len(made.hidden[0])
-    rewarded = [source for source, reward in zip(made.sources, made.rewards.tolist(), strict=True) if reward]
-    assert rewarded == ["reference", "reference"]
-    assert made.tokens[-3:].tolist() == [*b"85", ensemble.end]
-
-
-def test_refinement_runs_and_ignores_groups_without_a_difference(ensemble):
-    """Random experts never answer right, so every group ties and the gate must stay as it was."""
-    agreed = make_contract(
-        ensemble,
-        DEMO / "experts/math/tokenizer.json",
-        space="logprob",
-        inputs=["topk", "hidden"],
-        projected_size=4,
-        state_size=3,
-    )
-    model = GateModel(agreed)
-    before = [parameter.clone() for parameter in model.parameters()]
-    settings = Refinement(steps=2, prompts_per_step=2, group=2, max_tokens=3)
-    refine(model, agreed, ensemble, prompts(ensemble), settings, seed=0)
-    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
-
-
 def test_shipped_gate_fits_the_shipped_experts():
     contract = checkpoint.load(DEMO / "gate.pt").contract
     for name in NAMES:
         found = vocabulary_hash(DEMO / "experts" / name / "tokenizer.json")
         assert mismatches(contract, experts=list(NAMES), vocabulary_hash=found, top_k=32, hidden_sizes=[128] * 3) == []
-
-
-def test_shipped_gate_uses_two_experts_inside_one_answer():
-    shipped = Ensemble({name: DEMO / "experts" / name for name in NAMES}, top_k=32)
-    gate = checkpoint.load(DEMO / "gate.pt")
-    policy = gate_policy("gate", gate.contract.space, gate, gate.contract.state_size)
-    text = "Add 27 and 58, then reverse stone."
-    cursor = shipped.prefill([shipped.encode([{"role": "user", "content": text}])])
-    rollout = roll_out(shipped, cursor, policy, temperature=0.0, max_tokens=24, generator=torch.Generator())
-    assert shipped.decode(responses(rollout)[0]) == "85, enots"

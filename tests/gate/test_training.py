@@ -1,67 +1,79 @@
-"""Records on disk, and both objectives on made-up experts of which one knows each token."""
+"""Both objectives on made-up experts of which one knows each token; what is kept, split, stopped and taken up again."""
+
+import copy
+import dataclasses
 
 import pytest
 import torch
 
-from gate import dataset
+from gate.curves import Point, plot, write_csv
 from gate.model import GateModel
 from gate.objective import (
     broadcast_loss,
     clipped_policy_loss,
+    divergence,
     gate_coefficients,
     group_advantages,
-    prepare,
     token_logprobs,
 )
-from gate.train import Broadcast, fit_broadcast
-from tests.gate.examples import contract, records
+from gate.refine import Refinement, refine
+from gate.train import Broadcast, Progress, TrainingError, fit, held_out, split
+from tests.gate.examples import VOCABULARY, contract, records
+
+CPU = torch.device("cpu")
 
 
-def test_records_round_trip(tmp_path):
-    made = records()
-    made.save(tmp_path / "traces.safetensors")
-    found = dataset.load(tmp_path / "traces.safetensors")
-    assert (found.experts, found.sources, found.vocabulary_size) == (made.experts, made.sources, 20)
-    assert found.tokens.tolist() == made.tokens.tolist()
-    assert found.rewards.tolist() == made.rewards.tolist()
-    torch.testing.assert_close(found.topk_logprobs, made.topk_logprobs, atol=0.02, rtol=0.01)
-    torch.testing.assert_close(found.hidden[1], made.hidden[1], atol=0.02, rtol=0.01)
+def silent(progress):
+    pass
 
 
-def test_padded_index_walks_each_response():
-    made = records(responses=3, length=2)
-    index, mask = made.padded_index(torch.tensor([2, 0]))
-    assert index.tolist() == [[4, 5], [0, 1]]
-    assert mask.all()
+def everything(made):
+    return torch.arange(len(made.rewards)), torch.arange(0)
+
+
+def test_a_batch_walks_each_response():
+    made = dataclasses.replace(records(responses=3, length=3), lengths=torch.tensor([2, 3, 4]))
+    batch = made.batch(torch.tensor([2, 0]), CPU)
+    assert batch.mask.tolist() == [[True] * 4, [True, True, False, False]]
+    assert batch.tokens.tolist() == made.tokens[[5, 6, 7, 8, 0, 1]].tolist()
+    assert batch.hidden[1].shape == (6, made.hidden[1].size(1))
 
 
 @pytest.mark.parametrize("space", ["logprob", "prob"])
 @pytest.mark.parametrize("state_size", [0, 5])
 def test_training_lowers_the_loss_and_finds_the_expert_that_knows(space, state_size):
     agreed = contract(state_size=state_size, space=space)
-    model = GateModel(agreed)
-    made = records(responses=80)
-    settings = Broadcast(epochs=20, batch_size=16, negative_weight=1.0)
-    history = fit_broadcast(model, agreed, prepare(made), settings, seed=0)
-    assert history[-1] < 0.7 * history[0]
+    model, made, progress = GateModel(agreed), records(responses=80), Progress()
+    settings = Broadcast(updates=100, batch_size=16, negative_weight=1.0, interval=20)
+    fit(model, agreed, made, everything(made), settings, progress, seed=0, report=silent)
+    assert progress.points[-1].loss < 0.7 * progress.points[0].loss
     unseen = records(responses=20, seed=1)
-    index, _ = unseen.padded_index(torch.arange(20))
-    chosen = gate_coefficients(model, state_size, unseen, index).argmax(-1).reshape(-1)
+    chosen = gate_coefficients(model, unseen.batch(torch.arange(20), CPU)).argmax(-1)
     knows = unseen.hidden[0][:, :3].argmax(1)
     assert (chosen == knows).float().mean() > 0.9
 
 
-def test_recurrent_coefficients_equal_a_loop_over_tokens():
-    agreed = contract(state_size=5)
+@pytest.mark.parametrize(("inputs", "state_size"), [(("topk",), 0), (("hidden",), 0), (("topk", "hidden"), 5)])
+def test_coefficients_in_training_are_those_of_serving(inputs, state_size):
+    agreed = contract(inputs, state_size=state_size)
     model = GateModel(agreed).eval()
-    made = records(responses=4)
-    index, _ = made.padded_index(torch.arange(4))
-    along = gate_coefficients(model, 5, made, index)
-    state = torch.zeros(1, 5)
-    for step, row in enumerate(index[3].tolist()):
-        projected = torch.stack([model.project(i, h[row : row + 1]) for i, h in enumerate(made.hidden)], 1)
-        now, state = model(made.topk_logprobs[row : row + 1], made.topk_ids[row : row + 1], projected, state)
-        torch.testing.assert_close(along[3, step], now[0])
+    batch = records(responses=4).batch(torch.arange(4), CPU)
+    along = gate_coefficients(model, batch)
+    state = torch.zeros(1, state_size)
+    first = int(batch.mask[:3].sum())
+    for row in range(first, first + int(batch.mask[3].sum())):
+        rows = slice(row, row + 1)
+        projected = torch.stack([model.project(i, hidden[rows]) for i, hidden in enumerate(batch.hidden)], 1)
+        now, state = model(batch.topk_logprobs[rows], batch.topk_ids[rows], projected, state)
+        torch.testing.assert_close(along[row], now[0])
+
+
+def test_tokens_that_nobody_lists_are_left_out():
+    made = records(responses=1, length=2)
+    absent = (set(range(VOCABULARY)) - set(made.topk_ids[0].reshape(-1).tolist())).pop()
+    made.tokens[0] = absent
+    _, mask = token_logprobs(GateModel(contract()), "logprob", made.batch(torch.arange(1), CPU))
+    assert mask.tolist() == [[False, True]]
 
 
 def test_broadcast_loss_directions():
@@ -74,25 +86,166 @@ def test_broadcast_loss_directions():
         assert gradient[0, 1] == 0
 
 
+def test_split_is_by_prompt_and_seeded():
+    made = dataclasses.replace(records(responses=200), prompts=[f"p{number // 5}" for number in range(200)])
+    training, validation = split(made, seed=0, share=0.2, most=None)
+    assert sorted([*training.tolist(), *validation.tolist()]) == list(range(200))
+    names = [{made.prompts[number] for number in part.tolist()} for part in (training, validation)]
+    assert not names[0] & names[1]
+    assert 0.05 < len(names[1]) / 40 < 0.4
+    again, other = (split(made, seed=seed, share=0.2, most=None)[1].tolist() for seed in (0, 1))
+    assert again == validation.tolist() != other
+    fewer = split(made, seed=0, share=0.2, most=50)
+    assert len(fewer[0]) + len(fewer[1]) == 50
+    assert not any(held_out(made.prompts[number], 0, 0.2) for number in fewer[0].tolist())
+
+
+def test_nothing_to_learn_from():
+    made = records(responses=10)
+    for rewards, word in ((torch.zeros(10), "right"), (torch.ones(10), "wrong")):
+        with pytest.raises(TrainingError, match=f"none of the 10 responses to train on is {word}"):
+            split(dataclasses.replace(made, rewards=rewards), seed=0, share=0.0, most=None)
+    with pytest.raises(TrainingError, match="11 responses are wanted, the traces have 10"):
+        split(made, seed=0, share=0.0, most=11)
+
+
+def test_the_best_weights_are_kept_and_training_stops_early():
+    """The rewards of the held-out prompts are turned round, so that learning makes them ever worse."""
+    agreed, made = contract(), records(responses=60)
+    made.rewards[40:] = 1 - made.rewards[40:]
+    parts = torch.arange(40), torch.arange(40, 60)
+    model, progress = GateModel(agreed), Progress()
+    settings = Broadcast(updates=1000, batch_size=20, negative_weight=1.0, interval=5, patience=3)
+    fit(model, agreed, made, parts, settings, progress, seed=0, report=silent)
+    assert progress.step < 200
+    measured = [point.validation for point in progress.points]
+    assert measured[-1] > min(measured) == -progress.score
+    assert all(torch.equal(progress.best[name], value) for name, value in model.state_dict().items())
+
+
+def test_an_interrupted_training_ends_like_an_uninterrupted_one():
+    agreed, made = contract(state_size=4), records(responses=60)
+    parts = torch.arange(40), torch.arange(40, 60)
+    settings = Broadcast(updates=30, batch_size=16, interval=5)
+    whole, resumed = GateModel(agreed), GateModel(agreed)
+    resumed.load_state_dict(whole.state_dict())
+    fit(whole, agreed, made, parts, settings, Progress(), seed=3, report=silent)
+
+    class InterruptError(Exception):
+        pass
+
+    def interrupt(progress):
+        if progress.step == 15:
+            kept.append(copy.deepcopy(progress))
+            raise InterruptError
+
+    kept: list[Progress] = []
+    with pytest.raises(InterruptError):
+        fit(resumed, agreed, made, parts, settings, Progress(), seed=3, report=interrupt)
+    fresh = GateModel(agreed)
+    fit(fresh, agreed, made, parts, settings, kept[0], seed=3, report=silent)
+    for one, other in zip(whole.parameters(), fresh.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_group_advantages():
     advantages = group_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), group=2)
     assert advantages[0] > 0 > advantages[1]
     assert advantages[2:].tolist() == [0, 0]
 
 
+def test_divergence_is_nothing_at_the_start_and_positive_away_from_it():
+    mask = torch.tensor([[True, True, False]])
+    start = torch.tensor([[-1.0, -2.0, -9.0]])
+    assert divergence(start, start, mask) == 0
+    assert divergence(start + torch.tensor([[0.3, -0.2, 5.0]]), start, mask) > 0
+
+
 def test_policy_gradient_raises_rewarded_responses():
-    agreed = contract()
-    model = GateModel(agreed)
-    prepared = prepare(records(responses=16))
-    chosen = torch.arange(16)
-    advantages = group_advantages(prepared.records.rewards, group=2)
+    model, made = GateModel(contract()), records(responses=16)
+    batch = made.batch(torch.arange(16), CPU)
+    advantages = group_advantages(made.rewards, group=2)
     with torch.no_grad():
-        old, _ = token_logprobs(model, 0, "logprob", prepared, chosen)
+        old, _ = token_logprobs(model, "logprob", batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(20):
-        now, mask = token_logprobs(model, 0, "logprob", prepared, chosen)
+        now, mask = token_logprobs(model, "logprob", batch)
         optimizer.zero_grad()
         clipped_policy_loss(now, old, mask, advantages, clip=10.0).backward()
         optimizer.step()
     gain = ((now - old) * mask).sum(1)
     assert gain[advantages > 0].mean() > 0 > gain[advantages < 0].mean()
+
+
+class MadeUpPolicy:
+    """Prompt n has the tokens of one recorded response; a sample is right where it follows the expert that knows."""
+
+    def __init__(self, agreed):
+        self._contract = agreed
+        self._world = records(responses=64)
+        self.asked = []
+
+    def load(self, model):
+        self._model = copy.deepcopy(model)
+
+    def sample(self, prompts, copies, *, temperature, seed):
+        self.asked.append((tuple(prompts), copies, temperature))
+        chosen = torch.tensor(prompts).repeat_interleave(copies)
+        batch = self._world.batch(chosen, CPU)
+        with torch.no_grad():
+            weights = gate_coefficients(self._model, batch)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = weights.multinomial(1, generator=generator).squeeze(1) if temperature else weights.argmax(1)
+        tokens = batch.topk_ids[:, :, 0].gather(1, drawn.unsqueeze(1)).squeeze(1)
+        knows = batch.hidden[0][:, :3].argmax(1)
+        right = torch.zeros(batch.mask.shape).masked_scatter(batch.mask, (drawn == knows).float()).mean(1)
+        rows = torch.arange(len(self._world.tokens)).reshape(64, -1)[chosen].reshape(-1)
+        return dataclasses.replace(
+            self._world,
+            topk_logprobs=self._world.topk_logprobs[rows],
+            topk_ids=self._world.topk_ids[rows],
+            hidden=[hidden[rows] for hidden in self._world.hidden],
+            tokens=tokens.int(),
+            lengths=self._world.lengths[chosen],
+            rewards=right,
+            prompts=[f"p{number}" for number in chosen.tolist()],
+        )
+
+
+def test_refinement_raises_the_greedy_reward_on_held_out_prompts():
+    agreed = contract()
+    policy, model, progress = MadeUpPolicy(agreed), GateModel(agreed), Progress(phase="refine")
+    settings = Refinement(steps=30, prompts=16, group=8, learning_rate=5e-3, interval=10)
+    refine(model, agreed, policy, (list(range(48)), list(range(48, 64))), settings, progress, seed=0, report=silent)
+    measured = [point.validation for point in progress.points if point.validation is not None]
+    assert measured[-1] > measured[0] + 0.2
+    assert progress.score == max(measured)
+    assert max(point.divergence or 0 for point in progress.points) > 0
+    drawn = {prompt for prompts, copies, _ in policy.asked if copies == 8 for prompt in prompts}
+    assert drawn <= set(range(48))
+
+
+def test_a_step_without_a_difference_changes_nothing():
+    agreed = contract()
+    policy, model = MadeUpPolicy(agreed), GateModel(agreed)
+    same = policy.sample
+
+    def alike(prompts, copies, *, temperature, seed):
+        made = same(prompts, copies, temperature=temperature, seed=seed)
+        return dataclasses.replace(made, rewards=torch.ones_like(made.rewards))
+
+    policy.sample = alike
+    before = [parameter.clone() for parameter in model.parameters()]
+    settings = Refinement(steps=2, prompts=4, group=4)
+    refine(model, agreed, policy, ([0, 1, 2, 3], []), settings, Progress(phase="refine"), seed=0, report=silent)
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+
+
+def test_curves(tmp_path):
+    points = [Point("broadcast", 50, 1.0, 0.9), Point("refine", 0, validation=0.5), Point("refine", 1, reward=0.4)]
+    write_csv(points, tmp_path / "curves.csv")
+    plot(points, tmp_path / "curves.png")
+    lines = (tmp_path / "curves.csv").read_text().splitlines()
+    assert lines[0] == "phase,step,loss,validation,reward,divergence"
+    assert lines[1] == "broadcast,50,1.0,0.9,,"
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
