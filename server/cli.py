@@ -71,6 +71,13 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", type=Path, help="write all measurements here")
     bench.set_defaults(run=_bench)
 
+    top = commands.add_parser("top", help="watch a running server")
+    top.add_argument("url", nargs="?", default="http://127.0.0.1:8000", metavar="URL", help="default: %(default)s")
+    top.add_argument("--once", action="store_true", help="print one frame, over one interval")
+    top.add_argument("--interval", type=float, default=1.0, help="seconds between readings (default: %(default)g)")
+    top.add_argument("--api-key-file", type=Path, metavar="FILE", help="instead of POLYLOGIT_API_KEY")
+    top.set_defaults(run=_top)
+
     _add_record(commands)
     _add_train(commands)
     Commands(commands).add()
@@ -204,6 +211,12 @@ def _train(options: argparse.Namespace) -> int:
     from server.train import train
 
     return train(options)
+
+
+def _top(options: argparse.Namespace) -> int:
+    from server.top import top
+
+    return top(options)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     ├── StartError                    the deployment cannot start; printed as one line, exit code 1
     │   └── ConfigError               ... because the configuration file is wrong
     ├── EngineError                   an expert's engine broke a promise (worker side)
+    ├── ServerAway                    a running server cannot be read (`polylogit top`)
     └── RequestError                  a request cannot be answered; carries its HTTP status and OpenAI `type`
         ├── BadRequest            400 invalid_request_error
         ├── Unauthorized          401 authentication_error
@@ -33,6 +34,14 @@ class ConfigError(StartError):
 
 class EngineError(PolylogitError):
     """An engine broke a promise of the engine protocol."""
+
+
+class ServerAway(PolylogitError):
+    """A running server cannot be read. `lasting`: trying again will not help."""
+
+    def __init__(self, message: str, *, lasting: bool = False) -> None:
+        super().__init__(message)
+        self.lasting = lasting
 
 
 class RequestError(PolylogitError):

@@ -156,13 +156,13 @@ def _frame(
     """A panel's background and title; the axes inside it. `box` in pixels: left, bottom, width, height."""
     left, bottom, width, height = box
     at = [(left + 3) / size[0], (bottom + 3) / size[1], (width - 6) / size[0], (height - 6) / size[1]]
-    figure.patches.append(
-        matplotlib.patches.Rectangle((at[0], at[1]), at[2], at[3], color=_PANEL, transform=figure.transFigure)
-    )
-    figure.text((left + 12) / size[0], (bottom + height - 22) / size[1], title, color=_TEXT, size=9.5, weight="medium")
-    inner = [(left + 62) / size[0], (bottom + 48) / size[1], (width - 82) / size[0], (height - 84) / size[1]]
+    background = matplotlib.patches.Rectangle((at[0], at[1]), at[2], at[3], color=_PANEL, transform=figure.transFigure)
+    background.set_zorder(-1)
+    figure.add_artist(background)
+    figure.text((left + 12) / size[0], (bottom + height - 20) / size[1], title, color=_TEXT, size=9)
+    inner = [(left + 62) / size[0], (bottom + 58) / size[1], (width - 82) / size[0], (height - 92) / size[1]]
     axes = figure.add_axes((inner[0], inner[1], inner[2], inner[3]), facecolor=_PANEL)
-    axes.tick_params(colors=_FAINT, labelsize=7.5, length=0)
+    axes.tick_params(colors=_FAINT, labelsize=7, length=0)
     axes.grid(color="#2c3235", linewidth=0.6)
     axes.set_axisbelow(True)
     for spine in axes.spines.values():
@@ -209,9 +209,16 @@ def _draw_lines(axes: Axes, panel: Panel, series: list[tuple[str, Series]]) -> N
     axes.set_ylim(bottom=0, top=defaults.get("max"))
     axes.yaxis.set_major_formatter(lambda value, _: formatted(value, unit))
     axes.legend(
-        loc="upper left", bbox_to_anchor=(-0.03, -0.09), ncols=5, fontsize=7.5, frameon=False, labelcolor=_TEXT,
-        handlelength=1, columnspacing=1.2,
-    )  # fmt: skip
+        loc="upper left",
+        bbox_to_anchor=(-0.05, -20 / axes.bbox.height),
+        ncols=max(1, round(axes.bbox.width / 105)),
+        fontsize=6.5,
+        frameon=False,
+        labelcolor=_TEXT,
+        handlelength=1,
+        labelspacing=0.3,
+        columnspacing=1.0,
+    )
 
 
 def _draw_heatmap(axes: Axes, panel: Panel, series: list[tuple[str, Series]]) -> None:
@@ -280,9 +287,10 @@ def main() -> None:
     parser.add_argument("dashboard", type=Path, metavar="JSON")
     parser.add_argument("picture", type=Path, metavar="PNG")
     parser.add_argument("--minutes", type=float, default=30.0, help="how far back (default: %(default)g)")
+    parser.add_argument("--end", type=float, default=time.time(), help="up to when, seconds since the epoch (now)")
     parser.add_argument("--rate-interval", default="1m", help="stands for $__rate_interval (default: %(default)s)")
     options = parser.parse_args()
-    end = time.time()
+    end = options.end
     variables = {"instance": ".*", "expert": ".*", "__rate_interval": options.rate_interval}
     view = View(end - 60 * options.minutes, end, max(1.0, options.minutes * 60 / 300), variables)
     dashboard = json.loads(options.dashboard.read_text(encoding="utf-8"))
