@@ -9,6 +9,7 @@ folder and is not run again; after an interruption the same call goes on. Nothin
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -110,20 +111,23 @@ class Experiment:
         )  # fmt: skip
 
     def train(self, name: str) -> None:
-        refined = [
-            "--refine-steps", REFINEMENT_STEPS, "--prompts", self.prompts / "train.jsonl", "--grader", "exact",
-            "--max-tokens", ANSWER_TOKENS,
-        ]  # fmt: skip
-        self._train(self.gate(name), [*FAMILIES[name], *(refined if name.endswith("refinement") else [])])
+        drawn: list[object] = [
+            "--prompts",
+            self.prompts / "train.jsonl",
+            "--grader",
+            "exact",
+            "--max-tokens",
+            ANSWER_TOKENS,
+        ]
+        refined = ["--refine-steps", REFINEMENT_STEPS, *drawn] if name.endswith("refinement") else []
+        self._train(self.gate(name), [*FAMILIES[name], *refined])
 
     def train_few(self, count: int) -> None:
         self._train(self.gate(_few(count)), [*FAMILIES["gate, both"], "--responses", count])
 
     def _train(self, output: Path, settings: list[object]) -> None:
-        self.polylogit(
-            "train", self.config("demo"), "--traces", self.work / "traces", "--output", output, "--seed", self.seed,
-            *settings,
-        )  # fmt: skip
+        traces = ["--traces", self.work / "traces"]
+        self.polylogit("train", self.config("demo"), *traces, "--output", output, "--seed", self.seed, *settings)
 
     def remove_inputs(self) -> None:
         for removed in ("topk", "hidden", "state"):
@@ -250,7 +254,7 @@ class Experiment:
 
     def command(self, shown: str, program: list[str], arguments: tuple[object, ...]) -> None:
         words = [str(argument) for argument in arguments]
-        line = " ".join([shown, *(f"'{word}'" if " " in word else word for word in words)])
+        line = f"{shown} {shlex.join(words)}"
         with (self.work / "commands.txt").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         print(line, flush=True)
