@@ -37,6 +37,7 @@ FULL = list(FAMILIES)[-1]
 REFINEMENT_STEPS = 40
 RESPONSES = (50, 200, 1000, 5000)
 POLICIES = ("uniform", "uniform-prob", "product", "entropy", "confidence", "perplexity")
+FUSIONROUTE = ["FusionRoute, its router alone", "FusionRoute, routing only", "FusionRoute"]
 MERGING = ("linear", "task-arithmetic", "ties", "dare", "dare-ties")
 NAME = "polylogit-demo"
 ANSWER_TOKENS = "24"
@@ -169,12 +170,8 @@ class Experiment:
         self.evaluate("merged", "test.jsonl", "merged", {name: f"merged, {name}" for name in self.merging()})
 
     def evaluate_fusionroute(self) -> None:
-        rows = {
-            "router": "FusionRoute's router alone",
-            "routing-only": "FusionRoute, routing only",
-            "fusionroute": "FusionRoute",
-        }
-        self.evaluate("fusionroute", "test.jsonl", "fusionroute", rows)
+        rows = zip(("router", "routing-only", "fusionroute"), FUSIONROUTE, strict=True)
+        self.evaluate("fusionroute", "test.jsonl", "fusionroute", dict(rows))
 
     def route(self) -> None:
         self.module(
@@ -184,14 +181,9 @@ class Experiment:
         )  # fmt: skip
 
     def write_tables(self) -> None:
-        order = [
-            *EXPERTS,
-            "oracle routing",
-            "learned routing",
-            *POLICIES,
-            *(f"merged, {name}" for name in self.merging()),
-        ]
-        order += ["FusionRoute, routing only", "FusionRoute's router alone", "FusionRoute", *FAMILIES]
+        merged = [f"merged, {name}" for name in self.merging()]
+        baselines = [*EXPERTS, "oracle routing", "learned routing", *POLICIES, *merged]
+        order = [*baselines, *FUSIONROUTE, *FAMILIES]
         order += [_without(removed) for removed in ("topk", "hidden", "state")]
         files = ["policies", "routing", "merged", "fusionroute", *(_file(label) for label in self.gates())]
         tables.write(
@@ -199,7 +191,7 @@ class Experiment:
             self.report,
             order=order,
             gate=FULL,
-            against=order[: order.index("FusionRoute, routing only")],
+            against=[baselines, FUSIONROUTE],
             efficiency={_few(count): count for count in RESPONSES},
         )
         for name in ("commands.txt", "times.json"):
