@@ -16,6 +16,11 @@ const inspector = new Inspector($("inspector"), $("spoken"));
 const turns = []; // {prompt, texts: model -> answer, first: model}
 let known = null; // what GET /playground/deployment says
 let running = null; // AbortController
+let refused = null; // the key, perhaps empty, that was not accepted
+
+function key() {
+  return $("key").value.trim();
+}
 
 function notice(message) {
   $("notice").textContent = message;
@@ -28,15 +33,16 @@ async function look() {
   const { state, text } = await readiness();
   if ($("state").textContent !== text) $("state").textContent = text;
   $("state").dataset.state = state;
-  if (!known && state !== "down") await learn();
+  if (!known && state !== "down" && refused !== key()) await learn();
   setTimeout(look, (state === "ready" ? READY_SECONDS : LOADING_SECONDS) * 1000);
 }
 
 async function learn() {
   try {
-    known = await deployment($("key").value.trim());
+    known = await deployment(key());
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;
+    if (error.status === 401) refused = key();
     notice(error.status === 401 ? "This server needs an API key: enter it in the settings." : error.message);
     return;
   }
@@ -108,7 +114,7 @@ async function send(prompt) {
 
 async function run(answer, body, signal, node) {
   try {
-    for await (const chunk of chat(body, $("key").value.trim(), signal)) {
+    for await (const chunk of chat(body, key(), signal)) {
       if (chunk.choices.length) answer.take(chunk.choices[0]);
       follow(node);
     }
