@@ -13,7 +13,7 @@ const EVERY_EXPERT = "*";
 
 const $ = (id) => document.getElementById(id);
 const inspector = new Inspector($("inspector"), $("spoken"));
-const turns = []; // {prompt, texts: model -> answer, first: model}
+const turns = []; // {prompt, texts: model -> its answer, if it gave any}
 let known = null; // what GET /playground/deployment says
 let running = null; // AbortController
 let refused = null; // the key, perhaps empty, that was not accepted
@@ -108,7 +108,8 @@ async function send(prompt) {
   showRunning(false);
   node.dataset.done = "";
   if (!node.isConnected) return clear(); // a new chat was begun meanwhile
-  turns.push({ prompt, first: models[0], texts: new Map(models.map((model, index) => [model, answers[index].content])) });
+  const texts = models.map((model, index) => [model, answers[index].content]).filter(([, text]) => text);
+  if (texts.length) turns.push({ prompt, texts: new Map(texts) });
   $("spoken").textContent = answers.map((answer, index) => `${label(models[index])}: ${answer.content}`).join(". ");
 }
 
@@ -134,7 +135,7 @@ function chosenModels() {
 function request(model, prompt) {
   const messages = turns.flatMap((turn) => [
     { role: "user", content: turn.prompt },
-    { role: "assistant", content: turn.texts.get(model) ?? turn.texts.get(turn.first) },
+    { role: "assistant", content: turn.texts.get(model) ?? turn.texts.values().next().value },
   ]);
   if ($("system").value.trim()) messages.unshift({ role: "system", content: $("system").value });
   const body = {
