@@ -8,15 +8,20 @@ import socket
 from pathlib import Path
 
 from gate.contract import CheckpointError, mismatches, read_contract, sha256_file, vocabulary_hash
-from server.config import Config
-from server.errors import StartError
+from server.config import Config, ExpertConfig
+from server.errors import StartError, UnreachableError
 from server.model_files import ModelFiles, read_model_files
 from server.placement import expert_cpus
+from server.remote.dialer import dialers
+from server.remote.handshake import load_key
 
 
-def check(config: Config) -> list[str]:
-    """Validate `config`; a line for each thing found right. Raises StartError for the first that is wrong."""
-    files = {expert.name: _model_files(config, index) for index, expert in enumerate(config.experts)}
+def check(config: Config, host: str | None = None) -> list[str]:
+    """Validate `config`; a line for each thing found right. Raises StartError for the first that is wrong.
+
+    `host`: the one that this is, if it is not the one that runs `polylogit serve`.
+    """
+    files = {expert.name: _model_files(config, expert, host) for expert in config.experts}
     lines = [
         f"expert {name}: {', '.join(found.architectures) or 'model'}, vocabulary {found.vocab_size},"
         f" context {found.max_positions}"
@@ -24,9 +29,12 @@ def check(config: Config) -> list[str]:
     ]
     vocabulary = _one_vocabulary(files)
     lines.append(f"vocabulary: the same in all experts ({vocabulary[:12]})")
-    lines.append(_check_devices(config))
+    lines.append(_check_devices(config, host))
+    if any(expert.address is not None for expert in config.experts):
+        load_key(config)
+        lines.append("cluster key: given")
     keys = config.http.api_keys_file
-    if keys is not None and not config.path(keys).is_file():
+    if host is None and keys is not None and not config.path(keys).is_file():
         raise StartError(f"http.api_keys_file: no file at {keys}")
     lines.append(_check_gate(config, vocabulary, [found.hidden_size for found in files.values()]))
     return lines
@@ -43,10 +51,25 @@ def check_port(config: Config) -> None:
             raise StartError(f"http: cannot listen on {host}:{port}: {error.strerror}") from None
 
 
-def _model_files(config: Config, index: int) -> ModelFiles:
-    expert = config.experts[index]
+def check_remote(config: Config) -> list[str]:
+    """A line for each expert on another host: it fits, or cannot be reached now. Raises StartError if one does not fit
+    or does not let this host in."""
+    lines = []
+    for index, dialer in dialers(config).items():
+        where = f"expert {config.experts[index].name}: {dialer.address}"
+        try:
+            dialer.dial().close()
+            lines.append(f"{where}: reached, and fits")
+        except UnreachableError as error:
+            if error.final:
+                raise StartError(f"expert {config.experts[index].name}: {error}") from None
+            lines.append(f"expert {config.experts[index].name}: warning: not reached: {error}")
+    return lines
+
+
+def _model_files(config: Config, expert: ExpertConfig, host: str | None) -> ModelFiles:
     try:
-        found = read_model_files(config.path(expert.model))
+        found = read_model_files(config.path(expert.model), weights=expert.host == host)
     except StartError as error:
         raise StartError(f"expert {expert.name}: {error}") from None
     if expert.max_model_len and found.max_positions and expert.max_model_len > found.max_positions:
@@ -83,17 +106,16 @@ def _vocabulary(expert: str, found: ModelFiles) -> str:
         raise StartError(f"expert {expert}: {found.tokenizer_path}: not a tokenizer: {error}") from None
 
 
-def _check_devices(config: Config) -> str:
+def _check_devices(config: Config, host: str | None) -> str:
     """No two experts on one GPU, no core that is not there."""
-    taken: dict[int, str] = {}
+    taken: dict[tuple[str | None, int], str] = {}
     cores = os.sched_getaffinity(0)
     for expert, cpus in zip(config.experts, expert_cpus(config), strict=True):
-        if absent := sorted(set(cpus or ()) - cores):
+        if expert.host == host and (absent := sorted(set(cpus or ()) - cores)):
             raise StartError(f"expert {expert.name}: cpus: this process has no core {absent[0]}")
         for gpu in expert.gpus or ():
-            if gpu in taken:
-                raise StartError(f"expert {expert.name}: gpus: {gpu} is also expert {taken[gpu]}'s")
-            taken[gpu] = expert.name
+            if (other := taken.setdefault((expert.host, gpu), expert.name)) != expert.name:
+                raise StartError(f"expert {expert.name}: gpus: {gpu} is also expert {other}'s")
     return "devices: no conflicts"
 
 

@@ -55,6 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--gate", type=Path, metavar="CHECKPOINT", help="this gate instead of gate.file")
     serve.set_defaults(run=_serve)
 
+    expert = commands.add_parser("expert", help="run one expert for the host that serves, until SIGTERM")
+    expert.add_argument("config", type=Path, metavar="FILE")
+    expert.add_argument("name", metavar="NAME")
+    expert.add_argument("--listen", required=True, metavar="HOST:PORT", help="where the serving host reaches it")
+    expert.set_defaults(run=_expert)
+
     check = commands.add_parser("check", help="validate a deployment without loading weights")
     check.add_argument("config", type=Path, metavar="FILE")
     check.set_defaults(run=_check)
@@ -183,12 +189,22 @@ def _serve(options: argparse.Namespace) -> int:
     return 0
 
 
+def _expert(options: argparse.Namespace) -> int:
+    from server.config import load_config
+    from server.remote.host import ExpertHost
+
+    ExpertHost(load_config(options.config), options.name, options.listen).run()
+    return 0
+
+
 def _check(options: argparse.Namespace) -> int:
-    from server.check import check, check_port
+    from server.check import check, check_port, check_remote
     from server.config import load_config
 
     config = load_config(options.config)
     for line in check(config):
+        print(line)
+    for line in check_remote(config):
         print(line)
     check_port(config)
     print(f"{options.config}: ok")

@@ -24,6 +24,7 @@ Name = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
+_ADDRESS = re.compile(r"^(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})$")
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB)\s*$")
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
@@ -60,11 +61,13 @@ class ExpertConfig(_Struct, frozen=True):
     the expert's share of this process's cores, in turn); `gpus`: indices of its GPUs, `tensor_parallel_size` of them
     (default: the next free ones). `kv_cache_memory`: bytes as "64MiB", "20GiB". `chat_template`: a Jinja file used
     instead of the model's own. `system_prompt`: put before the conversation, for this expert only, where the client
-    sends no system message. `engine_args`: further vLLM EngineArgs, by name, passed on as they are.
+    sends no system message. `engine_args`: further vLLM EngineArgs, by name, passed on as they are. `address`:
+    "host:port" where `polylogit expert` runs it on another host; its cores and GPUs are that host's then.
     """
 
     name: Name
     model: str
+    address: str | None = None
     device: Literal["cpu", "cuda"] = "cpu"
     cpus: list[Annotated[int, msgspec.Meta(ge=0)]] | None = None
     gpus: list[Annotated[int, msgspec.Meta(ge=0)]] | None = None
@@ -76,6 +79,11 @@ class ExpertConfig(_Struct, frozen=True):
     chat_template: str | None = None
     system_prompt: str | None = None
     engine_args: dict[str, Any] = {}
+
+    @property
+    def host(self) -> str | None:
+        """The other host that it runs on; None for the one that `polylogit serve` runs on."""
+        return None if self.address is None else parse_address(self.address)[0]
 
 
 class GateConfig(_Struct, frozen=True):
@@ -135,7 +143,8 @@ class Config(_Struct, frozen=True):
     `example_prompt` is what the curl line printed at start asks; the playground offers it, and `examples`.
     `on_expert_loss`: running sequences "wait" for the restart, go on without the expert ("degrade"), or "fail".
     `tool_parser`: the format in which the chat templates have the models call tools; needed where a client leaves the
-    choice to the model.
+    choice to the model. `cluster_key_file` holds the secret that the hosts share if experts have an `address`; without
+    it, POLYLOGIT_CLUSTER_KEY does.
     """
 
     name: Name
@@ -149,6 +158,7 @@ class Config(_Struct, frozen=True):
     tool_parser: Literal["hermes"] | None = None
     example_prompt: str = "Hello!"
     examples: list[str] = []
+    cluster_key_file: str | None = None
     limits: Limits = Limits()
     http: HttpConfig = HttpConfig()
     logging: Logging = Logging()
@@ -176,6 +186,13 @@ def parse_size(text: str) -> int:
     if not (match := _SIZE.match(text)):
         raise ConfigError(f"{text!r} is not a size such as 512MiB or 20GiB")
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """ "host:port" or "[IPv6]:port" -> (host, port). Raises ConfigError."""
+    if not (match := _ADDRESS.match(text)) or int(match[3]) > 65535:
+        raise ConfigError(f"{text!r} is not an address such as 10.0.0.2:8100")
+    return match[1] or match[2], int(match[3])
 
 
 def load_config(path: Path) -> Config:
@@ -237,7 +254,9 @@ def _contradiction(config: Config) -> str | None:
     for name, policy in config.policies.items():
         if problem := policy_problem(policy, names, has_gate=config.gate is not None):
             return f"policies.{name}: {problem}"
-    return next((problem for expert in config.experts if (problem := _expert_problem(expert))), None)
+    if problem := next((problem for expert in config.experts if (problem := _expert_problem(expert))), None):
+        return problem
+    return _address_problem(config)
 
 
 def policy_problem(policy: Policy, experts: list[str], *, has_gate: bool) -> str | None:
@@ -255,6 +274,18 @@ def policy_problem(policy: Policy, experts: list[str], *, has_gate: bool) -> str
         return "expert and amateur must differ"
     if isinstance(policy, Gate) and len(experts) < 2:
         return "a gate needs at least two experts"
+    return None
+
+
+def _address_problem(config: Config) -> str | None:
+    taken: dict[str, str] = {}
+    for expert in config.experts:
+        if expert.address is None:
+            continue
+        if not (match := _ADDRESS.match(expert.address)) or not 0 < int(match[3]) < 65536:
+            return f"experts.{expert.name}.address: {expert.address!r} is not an address such as 10.0.0.2:8100"
+        if (other := taken.setdefault(expert.address, expert.name)) != expert.name:
+            return f"experts.{expert.name}.address: {expert.address} is also expert {other}'s"
     return None
 
 

@@ -5,6 +5,7 @@
     │   └── ConfigError               ... because the configuration file is wrong
     ├── EngineError                   an expert's engine broke a promise (worker side)
     ├── ServerAway                    a running server cannot be read (`polylogit top`)
+    ├── UnreachableError              an expert on another host cannot be reached, or a coordinator was not let in
     └── RequestError                  a request cannot be answered; carries its HTTP status and OpenAI `type`
         ├── BadRequest            400 invalid_request_error
         ├── Unauthorized          401 authentication_error
@@ -42,6 +43,12 @@ class ServerAway(PolylogitError):
     def __init__(self, message: str, *, lasting: bool = False) -> None:
         super().__init__(message)
         self.lasting = lasting
+class UnreachableError(PolylogitError):
+    """Two hosts did not come together. `final`: trying again is of no use until somebody mends a configuration."""
+
+    def __init__(self, message: str, *, final: bool = False) -> None:
+        super().__init__(message)
+        self.final = final
 
 
 class RequestError(PolylogitError):

@@ -29,6 +29,7 @@ from server.messages import (
     LoadGate,
     Message,
     Progress,
+    RemoteNote,
     RunBare,
     Stats,
     Stop,
@@ -73,9 +74,10 @@ class LocalDeployment:
             endpoint(path, "control"), ToSupervisor, bind=False
         )
         self._children = [spawn("coordinator", run_coordinator, self._config, path)]
-        for index in range(len(self._config.experts)):
-            self._control.send(ExpertUp(index, 0))
-            self._children += start_expert(self._config, index, 0, path)
+        for index, expert in enumerate(self._config.experts):
+            if expert.address is None:
+                self._control.send(ExpertUp(index, 0))
+                self._children += start_expert(self._config, index, 0, path)
         try:
             self._await_ready()
         except BaseException:
@@ -90,7 +92,7 @@ class LocalDeployment:
 
     @property
     def children(self) -> list[Child]:
-        """The coordinator's process, then the experts' in order."""
+        """The coordinator's process, then those of the experts on this host in order."""
         return self._children
 
     def close(self) -> None:
@@ -160,12 +162,15 @@ class LocalDeployment:
 
     def _await_ready(self) -> None:
         deadline = time.monotonic() + self._config.limits.start_seconds
-        while not isinstance(self._control.receive(0.1), CoordinatorReady):
+        note = ""
+        while not isinstance(message := self._control.receive(0.1), CoordinatorReady):
+            if isinstance(message, RemoteNote):
+                note = message.message and f"; expert {self._config.experts[message.expert].name}: {message.message}"
             for child in self._children:
                 if not child.process.is_alive():
                     raise StartError(f"{child.name}: {child.last_words()}")
             if time.monotonic() > deadline:
-                raise StartError(f"not ready after {self._config.limits.start_seconds:g} s")
+                raise StartError(f"not ready after {self._config.limits.start_seconds:g} s{note}")
 
     @staticmethod
     def _note(message: ToApi, results: dict[int, Generated]) -> int:

@@ -6,7 +6,7 @@ Three conversations, each a pair of sockets (`server.transport`):
                                                                             GateLoaded, BareTimes
     coordinator <-> expert        Tick, Gather, Bare              / Ready, Report, Load, Gathered, Scored, Refused,
                                                                     BareDone
-    supervisor  <-> coordinator   ExpertUp, ExpertDown, Drain,... / CoordinatorReady, RestartExpert, Drained
+    supervisor  <-> coordinator   ExpertUp, ExpertDown, Drain,... / CoordinatorReady, RestartExpert, RemoteNote, Drained
 """
 
 from __future__ import annotations
@@ -387,6 +387,13 @@ class RestartExpert(Message, frozen=True, tag="RestartExpert"):
     message: str
 
 
+class RemoteNote(Message, frozen=True, tag="RemoteNote"):
+    """Of an expert on another host: why it is not connected, or "" once it is. Sent on every change."""
+
+    expert: int
+    message: str
+
+
 class Drained(Message, frozen=True, tag="Drained"):
     """Nothing runs any more."""
 
@@ -396,4 +403,4 @@ ToApi = Progress | Trace | Ended | Status | Stats | GateLoaded | BareTimes | Sto
 ToExpert = Tick | Gather | Bare | Stop
 FromExpert = Ready | Report | Load | Gathered | Scored | Refused | BareDone
 FromSupervisor = ExpertUp | ExpertDown | Drain | Stop
-ToSupervisor = CoordinatorReady | RestartExpert | Drained
+ToSupervisor = CoordinatorReady | RestartExpert | RemoteNote | Drained

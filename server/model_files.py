@@ -45,15 +45,15 @@ class ModelFiles:
     special_tokens: Mapping[str, str]
 
 
-def read_model_files(path: Path) -> ModelFiles:
-    """The facts of the model in directory `path`. Raises StartError with one line."""
+def read_model_files(path: Path, *, weights: bool = True) -> ModelFiles:
+    """The facts of the model in directory `path`, which must have `weights` too. Raises StartError with one line."""
     if not path.is_dir():
         raise StartError(f"{path}: no such model directory")
     config = _read_json(path / "config.json")
     text_config = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
     facts: dict[str, Any] = {**config, **(text_config or {})}
     tokenizer = _read_json(path / "tokenizer.json")
-    if not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
+    if weights and not weight_files(path):
         raise StartError(f"{path}: has no weights ({' or '.join(_WEIGHTS)})")
     generation = _read_json(path / "generation_config.json", required=False)
     tokenizer_config = _read_json(path / "tokenizer_config.json", required=False)
@@ -79,13 +79,18 @@ def fingerprint(files: ModelFiles, more: object) -> str:
     found = hashlib.sha256(json.dumps([files.chat_template, more]).encode())
     for path in (files.path / "config.json", files.tokenizer_path):
         found.update(path.read_bytes())
-    for path in sorted(path for pattern in _WEIGHTS for path in files.path.glob(pattern)):
+    for path in weight_files(files.path):
         found.update(f"{path.name} {path.stat().st_size}".encode())
         with path.open("rb") as file:
             found.update(file.read(_ENDS))
             file.seek(max(0, path.stat().st_size - _ENDS))
             found.update(file.read(_ENDS))
     return found.hexdigest()
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files in directory `path` that hold weights, by name."""
+    return sorted(file for pattern in _WEIGHTS for file in path.glob(pattern))
 
 
 def _read_json(path: Path, *, required: bool = True) -> dict[str, Any]:

@@ -33,27 +33,42 @@ def expert_socket(expert: int, generation: int) -> str:
 
 
 def expert_cpus(config: Config) -> list[list[int] | None]:
-    """The cores of each expert: as configured; the other CPU experts take this process's remaining cores in turn."""
-    named = {core for expert in config.experts for core in expert.cpus or ()}
-    everywhere = os.sched_getaffinity(0)
-    available = sorted(everywhere - named) or sorted(everywhere)
-    on_cpu = [index for index, expert in enumerate(config.experts) if expert.device == "cpu" and not expert.cpus]
-    share: dict[int, list[int]] = {}
-    for turn, index in enumerate(on_cpu):
-        own = available[turn :: len(on_cpu)] if len(on_cpu) <= len(available) else []
-        share[index] = own or [available[turn % len(available)]]
-    return [expert.cpus or share.get(index) for index, expert in enumerate(config.experts)]
+    """The cores of each expert: as configured; the other CPU experts of its host take this process's remaining cores in
+    turn."""
+    cores: list[list[int] | None] = [None] * len(config.experts)
+    for neighbours in _by_host(config):
+        named = {core for index in neighbours for core in config.experts[index].cpus or ()}
+        everywhere = os.sched_getaffinity(0)
+        available = sorted(everywhere - named) or sorted(everywhere)
+        on_cpu = [index for index in neighbours if _needs_cores(config.experts[index])]
+        for turn, index in enumerate(on_cpu):
+            own = available[turn :: len(on_cpu)] if len(on_cpu) <= len(available) else []
+            cores[index] = own or [available[turn % len(available)]]
+    return [expert.cpus or share for expert, share in zip(config.experts, cores, strict=True)]
 
 
 def expert_gpus(config: Config) -> list[list[int]]:
-    """The GPUs of each expert: as configured, else as many as it has ranks, the next that no other expert names."""
-    named = {gpu for expert in config.experts for gpu in expert.gpus or ()}
-    free = (gpu for gpu in itertools.count() if gpu not in named)
-    chosen = []
-    for expert in config.experts:
-        default = [next(free) for _ in range(expert.tensor_parallel_size)] if _needs_gpus(expert) else []
-        chosen.append(default if expert.gpus is None else expert.gpus)
+    """The GPUs of each expert: as configured, else as many as it has ranks, the next that no other expert of its host
+    names."""
+    chosen: list[list[int]] = [[] for _ in config.experts]
+    for neighbours in _by_host(config):
+        experts = [config.experts[index] for index in neighbours]
+        named = {gpu for expert in experts for gpu in expert.gpus or ()}
+        free = (gpu for gpu in itertools.count() if gpu not in named)
+        for index, expert in zip(neighbours, experts, strict=True):
+            default = list(itertools.islice(free, expert.tensor_parallel_size)) if _needs_gpus(expert) else []
+            chosen[index] = default if expert.gpus is None else expert.gpus
     return chosen
+
+
+def _by_host(config: Config) -> list[list[int]]:
+    """The experts' indices, host by host."""
+    hosts = [expert.host for expert in config.experts]
+    return [[index for index, host in enumerate(hosts) if host == each] for each in dict.fromkeys(hosts)]
+
+
+def _needs_cores(expert: ExpertConfig) -> bool:
+    return expert.device == "cpu" and not expert.cpus
 
 
 def _needs_gpus(expert: ExpertConfig) -> bool:

@@ -37,6 +37,7 @@ from server.messages import (
     ExpertDown,
     ExpertUp,
     FromSupervisor,
+    RemoteNote,
     RestartExpert,
     Stop,
     ToSupervisor,
@@ -81,6 +82,7 @@ class Supervisor:
         self._experts: dict[int, list[Child]] = {}  # one process for each tensor-parallel rank
         self._generation = [0] * len(config.experts)
         self._restart_at: dict[int, float] = {}
+        self._notes: dict[int, str] = {}  # of experts on other hosts: why they are not connected
         self._restarts: list[deque[float]] = [deque() for _ in config.experts]
         self._stopping = False
         self._drained = False
@@ -88,7 +90,7 @@ class Supervisor:
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Raises StartError if the deployment cannot start or cannot go on."""
-        with _listener(self._config) as listener, _private_directory() as directory:
+        with _listener(self._config) as listener, private_directory() as directory:
             self._directory = directory
             self._url = "http://{}:{}".format(*listener.getsockname()[:2])
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -112,12 +114,16 @@ class Supervisor:
         capture = self._config.logging.format == "json"
         self._coordinator = spawn("coordinator", run_coordinator, self._config, self._directory, capture=capture)
         self._api = spawn("api", run_api, self._config, endpoint(self._directory, "api"), listener, capture=capture)
-        for expert in range(len(self._config.experts)):
-            self._start_expert(expert)
+        for index, expert in enumerate(self._config.experts):
+            if expert.address is None:
+                self._start_expert(index)
         deadline = time.monotonic() + self._config.limits.start_seconds
         while not self._ready and not self._stopping:
             if time.monotonic() > deadline:
-                raise StartError(f"not ready after {self._config.limits.start_seconds:g} s (limits.start_seconds)")
+                raise StartError(
+                    f"not ready after {self._config.limits.start_seconds:g} s (limits.start_seconds)"
+                    + "".join(f"; {note}" for note in self._notes.values())
+                )
             self._look_after_children()
             time.sleep(_POLL_SECONDS)
         if self._ready:
@@ -143,6 +149,8 @@ class Supervisor:
                     self._ready = True
                 case RestartExpert(expert=expert, generation=generation, message=why):
                     self._kill_expert(expert, generation, why)
+                case RemoteNote(expert=expert, message=why):
+                    self._note(expert, why)
                 case Drained():
                     self._drained = True
         for child in (self._coordinator, self._api):
@@ -156,6 +164,16 @@ class Supervisor:
                 del self._restart_at[expert]
                 self._generation[expert] += 1
                 self._start_expert(expert)
+
+    def _note(self, expert: int, why: str) -> None:
+        """Log news of an expert on another host, which the coordinator connects to by itself."""
+        chosen = self._config.experts[expert]
+        if why:
+            self._notes[expert] = f"expert {chosen.name}: {why}"
+            log.warning("%s; trying again", self._notes[expert])
+        else:
+            self._notes.pop(expert, None)
+            log.info("expert %s: connected to %s", chosen.name, chosen.address)
 
     def _kill_expert(self, expert: int, generation: int, why: str) -> None:
         if expert in self._experts and generation == self._generation[expert]:
@@ -236,8 +254,11 @@ def end(child: Child) -> None:
             path.unlink(missing_ok=True)
 
 
-def start_expert(config: Config, expert: int, generation: int, directory: Path) -> list[Child]:
-    """Start the processes of an expert, one for each tensor-parallel rank."""
+def start_expert(
+    config: Config, expert: int, generation: int, directory: Path, listener: socket.socket | None = None
+) -> list[Child]:
+    """Start the processes of an expert, one for each tensor-parallel rank. `listener`: where the first of them awaits
+    a coordinator on another host."""
     chosen = config.experts[expert]
     size = chosen.tensor_parallel_size
     port = _free_port() if size > 1 else 0
@@ -246,9 +267,9 @@ def start_expert(config: Config, expert: int, generation: int, directory: Path) 
     for rank in range(size):
         own = cores[rank::size] or cores if cores else None
         place = Placement(expert, generation, rank, port, own, expert_gpus(config)[expert])
-        child = spawn(
-            expert_name(config, place), run_expert, config, place, directory, capture=config.logging.format == "json"
-        )
+        door = None if rank else listener
+        capture = config.logging.format == "json"
+        child = spawn(expert_name(config, place), run_expert, config, place, directory, door, capture=capture)
         children.append(replace(child, rank_port=port))
     return children
 
@@ -305,11 +326,11 @@ def run_api(config: Config, address: str, listener: socket.socket) -> None:
     run(config, address, listener)
 
 
-def run_expert(config: Config, place: Placement, directory: Path) -> None:
+def run_expert(config: Config, place: Placement, directory: Path, listener: socket.socket | None) -> None:
     logs.configure(config.logging, expert_name(config, place))
     from server.expert.process import run
 
-    run(config, place, directory)
+    run(config, place, directory, listener)
 
 
 def _free_port() -> int:
@@ -321,20 +342,26 @@ def _free_port() -> int:
 @contextlib.contextmanager
 def _listener(config: Config) -> Iterator[socket.socket]:
     """The HTTP socket, bound before anything else is started. Raises StartError if that fails."""
-    host, port = config.http.host, config.http.port
+    with bound("http", config.http.host, config.http.port) as listener:
+        listener.listen(1024)
+        yield listener
+
+
+@contextlib.contextmanager
+def bound(what: str, host: str, port: int) -> Iterator[socket.socket]:
+    """A TCP socket bound to `host`:`port`, not yet listening. Raises StartError that names `what` it is for."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
-            listener.listen(1024)
         except OSError as error:
-            raise StartError(f"http: cannot listen on {host}:{port}: {error.strerror}") from None
+            raise StartError(f"{what}: cannot listen on {host}:{port}: {error.strerror}") from None
         yield listener
 
 
 @contextlib.contextmanager
-def _private_directory() -> Iterator[Path]:
+def private_directory() -> Iterator[Path]:
     """A directory for the sockets that only this user can enter; gone afterwards."""
     path = Path(tempfile.mkdtemp(prefix="polylogit-"))
     try:

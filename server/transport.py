@@ -1,5 +1,5 @@
 """Sockets between the processes: msgspec messages over Unix stream sockets, a length before each. The only module that
-opens sockets for them.
+opens sockets for them on this host; `server.remote` does for experts on others.
 
 Every conversation is one pair; one side binds, the other connects, in any order. Addresses are files in a private
 directory (0700) that the supervisor makes and removes. Nothing is pickled, and a message that does not decode as one
@@ -33,6 +33,8 @@ _CHUNK = 1 << 18
 _RETRY_SECONDS = 0.05
 """How often a process that waits tries again to reach its peer."""
 _LINGER_SECONDS = 0.5
+_LARGEST_FRAME = 1 << 28
+"""Bytes: more than any message has; a length beyond it is rubbish."""
 
 
 def endpoint(directory: Path, name: str) -> str:
@@ -53,7 +55,7 @@ class Channel(Generic[Incoming, Outgoing]):
         self._socket: socket.socket | None = None
         self._unsent: deque[bytes] = deque()
         self._received = bytearray()
-        self._messages: deque[bytes] = deque()
+        self._messages: deque[Incoming] = deque()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Incoming] = msgspec.msgpack.Decoder(incoming)
 
@@ -107,7 +109,7 @@ class Channel(Generic[Incoming, Outgoing]):
 
     def take(self) -> Incoming:
         """The next message that has arrived."""
-        return self._decoder.decode(self._messages.popleft())
+        return self._messages.popleft()
 
     def waiting(self) -> bool:
         """Whether a message has arrived."""
@@ -188,7 +190,7 @@ class Channel(Generic[Incoming, Outgoing]):
             end = start + _LENGTH.size + _LENGTH.unpack_from(self._received, start)[0]
             if end > len(self._received):
                 break
-            self._messages.append(bytes(self._received[start + _LENGTH.size : end]))
+            self._messages.append(self._decoder.decode(self._received[start + _LENGTH.size : end]))
             start = end
         del self._received[:start]
 
@@ -196,6 +198,35 @@ class Channel(Generic[Incoming, Outgoing]):
         """Until something happens, `deadline`, or it is time to try again what was not possible."""
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         _sleep([self], left)
+
+
+class Connection(Channel[Incoming, Outgoing]):
+    """A channel over a socket that is connected already, to a peer on another host; it ends with that socket. A peer
+    that sends rubbish is cut off."""
+
+    def __init__(self, peer: socket.socket, incoming: object) -> None:
+        super().__init__("", incoming, bind=False)
+        self._socket = peer
+
+    @property
+    def lost(self) -> bool:
+        """Whether the peer has gone and everything that it said was taken."""
+        return self._socket is None and not self._messages
+
+    @property
+    def alone(self) -> bool:
+        return False
+
+    def _peer(self) -> socket.socket | None:
+        return self._socket
+
+    def _read(self, peer: socket.socket) -> None:
+        try:
+            super()._read(peer)
+        except msgspec.DecodeError:
+            self._disconnect()
+        if len(self._received) >= _LENGTH.size and _LENGTH.unpack_from(self._received)[0] > _LARGEST_FRAME:
+            self._disconnect()
 
 
 class Selector:

@@ -111,7 +111,7 @@ class _Loader:
         self._templates: dict[tuple[str, frozenset[tuple[str, str]]], ChatTemplate] = {}
 
     def expert(self, expert: ExpertConfig) -> ExpertText:
-        files = read_model_files(self._config.path(expert.model))
+        files = read_model_files(self._config.path(expert.model), weights=False)
         return ExpertText(
             name=expert.name,
             tokenizer=self._tokenizer(files.tokenizer_path),

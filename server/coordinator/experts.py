@@ -30,7 +30,8 @@ from server.messages import (
     ToExpert,
 )
 from server.placement import expert_socket
-from server.transport import Channel, Selector, endpoint
+from server.remote.dialer import Dialer
+from server.transport import Channel, Connection, Selector, endpoint
 
 Answer = TypeVar("Answer", Gathered, BareDone)
 
@@ -45,11 +46,12 @@ class LinkState(Enum):
 
 
 class ExpertLink:
-    """One expert: its socket, its state, its last report."""
+    """One expert: its socket, its state, its last report. `dialer`: how it is reached on another host."""
 
-    def __init__(self, index: int, name: str) -> None:
+    def __init__(self, index: int, name: str, dialer: Dialer | None = None) -> None:
         self.index = index
         self.name = name
+        self.dialer = dialer
         self.state = LinkState.DOWN
         self.generation = -1
         self.restarts = -1
@@ -64,11 +66,20 @@ class ExpertLink:
     def open(self, directory: Path, generation: int) -> Channel[FromExpert, ToExpert]:
         """Listen for worker process number `generation`."""
         self.generation = generation
+        return self._begin(Channel(endpoint(directory, expert_socket(self.index, generation)), FromExpert, bind=True))
+
+    def reach(self) -> Channel[FromExpert, ToExpert] | None:
+        """The connection to a worker on another host, once there is a new one. Raises UnreachableError."""
+        if self.dialer is None or self.channel is not None or (peer := self.dialer.reach()) is None:
+            return None
+        return self._begin(Connection(peer, FromExpert))
+
+    def _begin(self, channel: Channel[FromExpert, ToExpert]) -> Channel[FromExpert, ToExpert]:
         self.restarts += 1
         self.state = LinkState.STARTING
-        self.channel = Channel(endpoint(directory, expert_socket(self.index, generation)), FromExpert, bind=True)
         self.ticked_at = time.perf_counter()
-        return self.channel
+        self.channel = channel
+        return channel
 
     def close(self) -> None:
         """Forget the worker; what it still sends is lost."""
@@ -78,6 +89,11 @@ class ExpertLink:
         self.state = LinkState.DOWN
         self.owes_report = False
         self.report = None
+
+    @property
+    def lost(self) -> bool:
+        """Whether the connection to another host has ended; of a local worker, the supervisor will say so."""
+        return isinstance(self.channel, Connection) and self.channel.lost
 
     @property
     def up(self) -> bool:
@@ -111,7 +127,7 @@ class ExpertLink:
 class Experts:
     """All links.
 
-    `on_message` sees every message after its link has.
+    `on_message` sees every message after its link has, `on_lost` every link whose connection to another host has ended.
     """
 
     def __init__(
@@ -119,17 +135,36 @@ class Experts:
         names: list[str],
         selector: Selector,
         on_message: Callable[[ExpertLink, FromExpert], None],
+        on_lost: Callable[[ExpertLink], None],
+        dialers: dict[int, Dialer],
     ) -> None:
-        self.links = [ExpertLink(index, name) for index, name in enumerate(names)]
+        self.links = [ExpertLink(index, name, dialers.get(index)) for index, name in enumerate(names)]
+        self.remote = [link for link in self.links if link.dialer is not None]
         self._selector = selector
         self._gathers = 0
         self._on_message = on_message
+        self._on_lost = on_lost
 
     def open(self, expert: int, directory: Path, generation: int) -> None:
         """Listen for a worker process that was started."""
         self.close(expert)
         link = self.links[expert]
         self._selector.register(link.open(directory, generation), lambda message: self._receive(link, message))
+
+    def reach(self, link: ExpertLink) -> bool:
+        """Whether there is a new connection to a worker on another host. Raises UnreachableError for each attempt that
+        failed."""
+        if (channel := link.reach()) is None:
+            return False
+        self._selector.register(channel, lambda message: self._receive(link, message))
+        return True
+
+    def dispatch(self, timeout: float) -> None:
+        """Wait at most `timeout` seconds for messages of any kind, and handle those that came."""
+        self._selector.dispatch(timeout)
+        for link in self.remote:
+            if link.lost:
+                self._on_lost(link)
 
     def close(self, expert: int) -> None:
         """Forget a worker process."""
@@ -151,7 +186,7 @@ class Experts:
         while self.stepping():
             if (left := deadline - time.perf_counter()) <= 0:
                 return [link for link in self.links if link.owes_report]
-            self._selector.dispatch(left)
+            self.dispatch(left)
         return []
 
     def gather(self, wanted: dict[int, tuple[Int32, Int32]], time_limit: float) -> dict[int, Float32]:
@@ -183,6 +218,8 @@ class Experts:
         for link in self.links:
             link.send(Stop())
             self.close(link.index)
+            if link.dialer is not None:
+                link.dialer.close()
 
     def _receive(self, link: ExpertLink, message: FromExpert) -> None:
         link.note(message)

@@ -16,7 +16,7 @@ from server.coordinator.snapshot import snapshot
 from server.coordinator.stats import Counters
 from server.coordinator.table import SequenceTable
 from server.coordinator.warmup import warm_up
-from server.errors import StartError
+from server.errors import StartError, UnreachableError
 from server.logs import fields
 from server.messages import (
     Abort,
@@ -34,6 +34,7 @@ from server.messages import (
     LoadGate,
     Ready,
     Refused,
+    RemoteNote,
     RestartExpert,
     RunBare,
     Scored,
@@ -43,12 +44,15 @@ from server.messages import (
     ToApi,
     ToSupervisor,
 )
+from server.remote.dialer import dialers
 from server.transport import Channel, Selector, endpoint
 
 API_SOCKET = "api"
 CONTROL_SOCKET = "control"
 
 _IDLE_SECONDS = 1.0
+_DIAL_SECONDS = 0.1
+"""How often is looked whether a worker on another host was reached."""
 _log = logging.getLogger("polylogit.coordinator")
 
 
@@ -72,7 +76,8 @@ class CoordinatorProcess:
             endpoint(directory, CONTROL_SOCKET), FromSupervisor, bind=True
         )
         self._selector.register(self._control, self._on_control)
-        self._experts = Experts(config.expert_names, self._selector, self._on_expert)
+        self._experts = Experts(config.expert_names, self._selector, self._on_expert, self._on_lost, dialers(config))
+        self._notes: dict[int, str] = {}
         self._counters = Counters(len(config.experts))
         self._coordinator: Coordinator | None = None
         self._gate: Gate | None = None
@@ -84,7 +89,7 @@ class CoordinatorProcess:
     def run(self) -> None:
         warm_up()
         while not self._stopped and not all(link.up for link in self._experts.links):
-            self._selector.dispatch(_IDLE_SECONDS)
+            self._experts.dispatch(self._reach())
         if not self._stopped:
             self._serve()
         self._api.send(Stop())
@@ -99,10 +104,11 @@ class CoordinatorProcess:
         self._control.send(CoordinatorReady())
         self._send_status()
         while not self._stopped:
+            idle_seconds = self._reach()
             if self._experts.stepping():
                 self._await_reports()
             else:
-                self._selector.dispatch(_IDLE_SECONDS)
+                self._experts.dispatch(idle_seconds)
             self._watch_starts()
             coordinator.tick()
             self._watch_drain(coordinator)
@@ -165,9 +171,33 @@ class CoordinatorProcess:
         self._send_status()
 
     def _give_up(self, link: ExpertLink, message: str) -> None:
-        """An expert hangs: have its process replaced."""
-        self._control.send(RestartExpert(link.index, link.generation, message))
+        """An expert hangs: have its process replaced, or on another host connect to it again."""
+        if link.dialer is None:
+            self._control.send(RestartExpert(link.index, link.generation, message))
+        else:
+            self._note(link, message)
         self._lose(link, link.generation)
+
+    def _on_lost(self, link: ExpertLink) -> None:
+        self._give_up(link, "the connection was lost")
+
+    def _reach(self) -> float:
+        """Take up new connections to experts on other hosts; the seconds until it is time to look again."""
+        for link in self._experts.remote:
+            try:
+                if self._experts.reach(link):
+                    self._note(link, "")
+            except UnreachableError as error:
+                if error.final and self._coordinator is None:
+                    raise StartError(f"expert {link.name}: {error}") from None
+                self._note(link, str(error))
+        return _DIAL_SECONDS if any(link.channel is None for link in self._experts.remote) else _IDLE_SECONDS
+
+    def _note(self, link: ExpertLink, message: str) -> None:
+        """Tell the supervisor what changed about an expert on another host."""
+        if self._notes.get(link.index) != message:
+            self._notes[link.index] = message
+            self._control.send(RemoteNote(link.index, message))
 
     def _watch_starts(self) -> None:
         """A restarted expert must be ready within the time limit."""

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from server import logs
 from server.config import Config, ExpertConfig
 from server.messages import Ready
-from server.model_files import read_model_files
 from server.placement import Placement
+from server.remote.agreement import end_tokens, facts
+from server.remote.door import Door
+from server.remote.handshake import load_key
 
 if TYPE_CHECKING:
     from gate.checkpoint import Gate
 
 
-def run(config: Config, place: Placement, directory: Path) -> None:
-    """Load the expert at `place` and serve it until told to stop.
+def run(config: Config, place: Placement, directory: Path, listener: socket.socket | None = None) -> None:
+    """Load the expert at `place` and serve it until told to stop; on another host than the coordinator's, for ever, to
+    one coordinator after another that comes to `listener` (of rank 0).
 
     Raises whatever the engine raises while loading.
     """
@@ -48,7 +54,8 @@ def run(config: Config, place: Placement, directory: Path) -> None:
     from server.expert.worker import Worker
 
     # Before the engine: while it loads, the ranks find each other, so that the first tick reaches them all.
-    conversation = converse(place, chosen.tensor_parallel_size, directory)
+    door = None if listener is None else _door(config, chosen, listener)
+    conversation = converse(place, chosen.tensor_parallel_size, directory, door)
     gate = _projecting_gate(config, chosen)
     started = time.perf_counter()
     engine = VllmEngine(
@@ -56,11 +63,12 @@ def run(config: Config, place: Placement, directory: Path) -> None:
         str(config.path(chosen.model)),
         max_sequences=config.limits.sequences,
         want_hidden=gate is not None,
-        end_tokens=_end_tokens(config),
+        end_tokens=end_tokens(config),
     )
     loaded = logs.fields(seconds=round(time.perf_counter() - started, 1), **_facts(engine.info))
     logging.getLogger("polylogit.expert").info("engine loaded", extra=loaded)
-    worker = Worker(
+    work = partial(
+        Worker,
         engine,
         conversation,
         expert=place.expert,
@@ -69,7 +77,10 @@ def run(config: Config, place: Placement, directory: Path) -> None:
         retain=config.missing == "exact",
     )
     try:
-        worker.run()
+        if chosen.address is None:
+            work().run()
+        else:
+            serve_visitors(door, lambda: work().run())
     finally:
         engine.close()
         conversation.close()
@@ -77,6 +88,18 @@ def run(config: Config, place: Placement, directory: Path) -> None:
 
 def _facts(info: Ready) -> dict[str, int | str]:
     return {"kv_tokens": info.kv_tokens, "max_model_len": info.max_model_len, "vllm": info.version}
+
+
+def serve_visitors(door: Door | None, serve: Callable[[], None]) -> None:
+    """`serve` one coordinator after another. Only the first of several ranks has a `door`."""
+    if door is not None:
+        door.open()
+    while door is None or door.admit():
+        serve()
+
+
+def _door(config: Config, expert: ExpertConfig, listener: socket.socket) -> Door:
+    return Door(listener, load_key(config), facts(config, expert.name), hang_seconds=config.limits.tick_seconds)
 
 
 def environment(expert: ExpertConfig, place: Placement) -> dict[str, str]:
@@ -105,12 +128,6 @@ def _rank_environment(place: Placement, ranks: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(place.port),
     }
-
-
-def _end_tokens(config: Config) -> list[int]:
-    """The end tokens of all experts: under a grammar they all allow the same."""
-    files = [read_model_files(config.path(expert.model)) for expert in config.experts]
-    return sorted({token for each in files for token in each.eos_token_ids})
 
 
 def _projecting_gate(config: Config, expert: ExpertConfig) -> Gate | None:

@@ -28,18 +28,19 @@ class Conversation(Protocol):
     def close(self) -> None: ...
 
 
-def converse(place: Placement, ranks: int, directory: Path) -> Conversation:
-    """The conversation of the process at `place`, one of `ranks`."""
+def converse(place: Placement, ranks: int, directory: Path, coordinator: Conversation | None = None) -> Conversation:
+    """The conversation of the process at `place`, one of `ranks`. `coordinator`: what the first rank has instead of a
+    socket of this host."""
     if place.rank:
         return _Follower(directory, place)
-    channel: Channel[ToExpert, FromExpert] = Channel(endpoint(directory, place.socket()), ToExpert, bind=False)
+    channel = coordinator or Channel(endpoint(directory, place.socket()), ToExpert, bind=False)
     return _Leader(channel, directory, place, ranks) if ranks > 1 else channel
 
 
 class _Leader:
     """Rank 0: passes every message on before acting on it."""
 
-    def __init__(self, channel: Channel[ToExpert, FromExpert], directory: Path, place: Placement, ranks: int) -> None:
+    def __init__(self, channel: Conversation, directory: Path, place: Placement, ranks: int) -> None:
         self._channel = channel
         self._followers: list[Channel[Stop, ToExpert]] = [
             Channel(endpoint(directory, place.socket(rank)), Stop, bind=True) for rank in range(1, ranks)

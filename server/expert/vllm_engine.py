@@ -27,14 +27,13 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
+from server import VLLM_VERSION
 from server.config import ExpertConfig, parse_size
 from server.errors import EngineError
 from server.expert.engine import Exchange, Int32, Rows
 from server.expert.grammar import Grammar, GrammarBackend
 from server.expert.rendezvous import SLOT, Rendezvous, V1Rendezvous, V2Rendezvous
 from server.messages import Add, Load, Ready
-
-SUPPORTED_VERSION = "0.32.0"
 
 _EMPTY = np.zeros(0, np.int32)
 _MOST_WORDS = 200
@@ -58,8 +57,8 @@ class VllmEngine:
         want_hidden: bool,
         end_tokens: Sequence[int],
     ) -> None:
-        if vllm.__version__.split("+")[0] != SUPPORTED_VERSION:
-            raise EngineError(f"vLLM {vllm.__version__} is installed; this adapter supports {SUPPORTED_VERSION}")
+        if vllm.__version__.split("+")[0] != VLLM_VERSION:
+            raise EngineError(f"vLLM {vllm.__version__} is installed; this adapter supports {VLLM_VERSION}")
         config = _engine_args(expert, model, max_sequences).create_engine_config()
         rendezvous_class = V2Rendezvous if config.use_v2_model_runner else V1Rendezvous
         config.model_config.logits_processors = [rendezvous_class]

@@ -36,7 +36,7 @@ class _Asked:
 
 
 class Worker:
-    """Drives `engine` for the expert with index `expert`, until a `Stop` arrives.
+    """Drives `engine` for the expert with index `expert`, until a `Stop` arrives; leaves it empty.
 
     `retain`: keep the last logits of parked sequences, for `Gather`.
     """
@@ -80,6 +80,7 @@ class Worker:
                 self._apply_tick()
                 if not self._engine.busy():
                     self._channel.send(self._engine.load())
+        self._engine.drop(list(self._sequences))
 
     def _await_tick(self) -> None:
         """Outside a step: wait for the next `Tick`, or do what else is asked."""

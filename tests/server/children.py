@@ -95,7 +95,7 @@ def api(config: Config, address: str, listener: object) -> None:
     channel.close()
 
 
-def expert(config: Config, place: Placement, directory: Path) -> None:
+def expert(config: Config, place: Placement, directory: Path, listener: object) -> None:
     """Dies as its model's name says: `at-once`, `always` after a while, `once` after a while; else lives."""
     model = config.experts[place.expert].model
     deadline = time.monotonic() + SECONDS

@@ -20,7 +20,7 @@ from server.config import Config, parse_config
 from server.errors import StartError
 from server.messages import ExpertDown
 from server.placement import expert_cpus, expert_gpus
-from server.supervisor import Supervisor, _private_directory, end, spawn
+from server.supervisor import Supervisor, end, private_directory, spawn
 from tests.server import children
 
 SECONDS = 20.0
@@ -97,8 +97,8 @@ def test_a_child_does_not_outlive_its_parent(tmp_path):
         assert until(lambda: not alive(pid))
 
 
-def test_the_private_directory_is_private_and_goes():
-    with pytest.raises(RuntimeError), _private_directory() as directory:
+def test_theprivate_directory_is_private_and_goes():
+    with pytest.raises(RuntimeError), private_directory() as directory:
         assert stat.S_IMODE(directory.stat().st_mode) == 0o700
         (directory / "socket").touch()
         raise RuntimeError

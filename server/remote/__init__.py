@@ -1,0 +1,1 @@
+"""Experts on other hosts: how their workers are reached, who is let in, and the process that serves one."""

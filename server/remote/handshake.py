@@ -1,0 +1,191 @@
+"""How the coordinator and an expert's worker on another host come to trust each other, before any message passes.
+
+Both know one secret. Each sends 32 random bytes, and proves the secret by an HMAC-SHA256 over its own role and both
+numbers; the coordinator first, so that a stranger at the worker's port gets a random number and nothing else. A proof
+sent back to its sender is worthless, because the roles differ, and so is one heard earlier, because the numbers do.
+Then the coordinator says what it counts on (`server.remote.agreement`), and the worker agrees or says why not.
+
+Every frame is a length (uint32, little-endian) and that many bytes, bounded before they are read. The whole has a time
+limit, however slowly the peer talks. Nothing is encrypted: the network between the hosts must be private.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+import socket
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from server.config import Config
+from server.errors import StartError, UnreachableError
+
+HANDSHAKE_SECONDS = 5.0
+KEY_VARIABLE = "POLYLOGIT_CLUSTER_KEY"
+
+_COORDINATOR = b"polylogit coordinator"
+_EXPERT = b"polylogit expert"
+_LENGTH = struct.Struct("<I")
+_NUMBER_BYTES = 32
+_LARGEST_BYTES = 1 << 14
+_SHORTEST_KEY = 32
+_IDLE_PROBE_SECONDS = 5
+_PROBES = 3
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """What the worker says to the coordinator's facts. `reason` is empty where it agrees; `final`: asking again is of
+    no use until somebody mends a configuration."""
+
+    reason: str
+    final: bool
+
+
+Judge = Callable[[dict[str, str]], Verdict]
+
+
+def load_key(config: Config) -> bytes:
+    """The secret that the hosts share. Raises StartError if there is none or it is short."""
+    if config.cluster_key_file is not None:
+        source = f"cluster_key_file {config.cluster_key_file}"
+        try:
+            key = config.path(config.cluster_key_file).read_bytes().strip()
+        except OSError as error:
+            raise StartError(f"{source}: cannot be read: {error.strerror}") from None
+    else:
+        source, key = KEY_VARIABLE, os.environ.get(KEY_VARIABLE, "").encode().strip()
+    if not key:
+        raise StartError(
+            f"an expert on another host needs a key that both hosts know: {KEY_VARIABLE} or cluster_key_file"
+            " (make one: openssl rand -hex 32)"
+        )
+    if len(key) < _SHORTEST_KEY:
+        raise StartError(f"{source}: has {len(key)} characters, at least {_SHORTEST_KEY} are needed")
+    return key
+
+
+def greet(peer: socket.socket, key: bytes, facts: dict[str, str]) -> None:
+    """The coordinator's side. Raises UnreachableError, with `final` if trying again is of no use."""
+    wire = _Wire(peer)
+    try:
+        mine = secrets.token_bytes(_NUMBER_BYTES)
+        wire.send(mine)
+        theirs = wire.number()
+        wire.send(_proof(key, _COORDINATOR, mine, theirs))
+        try:
+            proof = wire.receive(_NUMBER_BYTES)
+        except _Closed:
+            raise UnreachableError("it does not accept this host's cluster key", final=True) from None
+        if not hmac.compare_digest(proof, _proof(key, _EXPERT, mine, theirs)):
+            raise UnreachableError("it does not know the cluster key", final=True)
+        wire.send(msgspec.msgpack.encode(facts))
+        verdict = msgspec.msgpack.decode(wire.receive(_LARGEST_BYTES), type=Verdict)
+    except (OSError, msgspec.DecodeError) as error:
+        raise UnreachableError(_words(error)) from None
+    if verdict.reason:
+        raise UnreachableError(verdict.reason, final=verdict.final)
+
+
+def welcome(peer: socket.socket, key: bytes, judge: Judge) -> bool:
+    """The worker's side: True if the coordinator may stay, False for a visitor that left without a word (a health
+    check). Raises UnreachableError otherwise; a peer that does not know the key has been told nothing then."""
+    wire = _Wire(peer)
+    try:
+        try:
+            theirs = wire.number()
+        except _Closed:
+            return False
+        mine = secrets.token_bytes(_NUMBER_BYTES)
+        wire.send(mine)
+        proof = wire.receive(_NUMBER_BYTES)
+        if not hmac.compare_digest(proof, _proof(key, _COORDINATOR, theirs, mine)):
+            raise UnreachableError("does not know the cluster key")
+        wire.send(_proof(key, _EXPERT, theirs, mine))
+        verdict = judge(msgspec.msgpack.decode(wire.receive(_LARGEST_BYTES), type=dict[str, str]))
+        wire.send(msgspec.msgpack.encode(verdict))
+    except (OSError, msgspec.DecodeError) as error:
+        raise UnreachableError(_words(error)) from None
+    if verdict.reason:
+        raise UnreachableError(verdict.reason)
+    return True
+
+
+def tune(peer: socket.socket) -> None:
+    """Send small messages at once, and notice within some 20 seconds that the other host or the way to it is gone."""
+    peer.settimeout(None)
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _IDLE_PROBE_SECONDS)
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _IDLE_PROBE_SECONDS)
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _IDLE_PROBE_SECONDS * (_PROBES + 1))
+
+
+class _Closed(OSError):
+    """The peer has closed the connection."""
+
+
+@dataclass(slots=True)
+class _Wire:
+    """Frames over a socket, all of them within one time limit."""
+
+    peer: socket.socket
+    deadline: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.deadline = time.monotonic() + HANDSHAKE_SECONDS
+
+    def send(self, data: bytes) -> None:
+        self._limit()
+        self.peer.sendall(_LENGTH.pack(len(data)) + data)
+
+    def number(self) -> bytes:
+        """The peer's random number. Raises OSError."""
+        if len(number := self.receive(_NUMBER_BYTES)) != _NUMBER_BYTES:
+            raise OSError("does not speak polylogit")
+        return number
+
+    def receive(self, most: int) -> bytes:
+        """A frame of at most `most` bytes. Raises OSError."""
+        (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
+        if length > most:
+            raise OSError("does not speak polylogit")
+        return self._exactly(length)
+
+    def _exactly(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            self._limit()
+            try:
+                part = self.peer.recv(count - len(data))
+            except ConnectionResetError:
+                part = b""
+            if not part:
+                raise _Closed("closed the connection in the handshake")
+            data += part
+        return data
+
+    def _limit(self) -> None:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self.peer.settimeout(left)
+
+
+def _proof(key: bytes, role: bytes, coordinators: bytes, experts: bytes) -> bytes:
+    """Only who knows `key` can make it, for one role and one pair of numbers."""
+    return hmac.new(key, role + coordinators + experts, hashlib.sha256).digest()
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return f"no handshake within {HANDSHAKE_SECONDS:g} s"
+    if isinstance(error, msgspec.DecodeError):
+        return "does not speak polylogit"
+    return str(getattr(error, "strerror", None) or error)
