@@ -43,6 +43,8 @@ class ServerAway(PolylogitError):
     def __init__(self, message: str, *, lasting: bool = False) -> None:
         super().__init__(message)
         self.lasting = lasting
+
+
 class UnreachableError(PolylogitError):
     """Two hosts did not come together. `final`: trying again is of no use until somebody mends a configuration."""
 

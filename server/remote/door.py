@@ -4,6 +4,7 @@ with the one who did. One coordinator at a time; the next may come when the conn
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -78,8 +79,11 @@ class Door:
 
     def close(self) -> None:
         """End the conversation and let nobody in any more."""
+        if self._closed:
+            return
         self._closed = True
-        self._listener.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # not listening yet
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._part()
         self._admitted.put(None)
