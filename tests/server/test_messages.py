@@ -32,6 +32,7 @@ from server.messages import (
     Progress,
     Ready,
     Refused,
+    RemoteNote,
     Report,
     RestartExpert,
     RunBare,
@@ -100,7 +101,12 @@ SAMPLES = {
         BareDone([0.1, 0.2]),
     ],
     messages.FromSupervisor: [ExpertUp(1, 2), ExpertDown(1, 2, "ended with exit code -9"), Drain(30.0), Stop()],
-    messages.ToSupervisor: [CoordinatorReady(), RestartExpert(0, 4, "no answer for 60 s"), Drained()],
+    messages.ToSupervisor: [
+        CoordinatorReady(),
+        RestartExpert(0, 4, "no answer for 60 s"),
+        RemoteNote(1, "the connection was lost"),
+        Drained(),
+    ],
 }
 CASES = [(union, sample) for union, samples in SAMPLES.items() for sample in samples]
 
