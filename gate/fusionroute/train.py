@@ -59,9 +59,22 @@ class Router:
     def response_logprobs(self, rows: Sequences, told: Tensor) -> Tensor:
         """log p [B] of each row's whole answer under the combined policy; `told` [N, E, V] by the experts."""
         router, scores, targets = self.forward(rows)
-        values = combined(router, scores, told).gather(1, targets.unsqueeze(1)).squeeze(1)
-        owner = torch.arange(len(rows.ids), device=values.device).unsqueeze(1).expand_as(rows.answer)[rows.answer]
-        return values.new_zeros(len(rows.ids)).index_add(0, owner, values)
+        return _sums(combined(router, scores, told).gather(1, targets.unsqueeze(1)).squeeze(1), rows)
+
+    @torch.no_grad()
+    def measure(self, pairs: list[tuple[Question, str]], size: int) -> tuple[float, float]:
+        """(share of the answers that greedy decoding of the combined policy gives, mean log-probability of an answer).
+
+        Greedy decoding gives an answer exactly when each of its tokens is the most probable one after those before.
+        """
+        found, total = 0.0, 0.0
+        for at in range(0, len(pairs), size):
+            rows = self.rows(pairs[at : at + size])
+            router, scores, targets = self.forward(rows)
+            policy = combined(router, scores, self.told(rows))
+            found += float((_sums((policy.argmax(1) != targets).float(), rows) == 0).sum())
+            total += float(policy.gather(1, targets.unsqueeze(1)).sum())
+        return found / len(pairs), total / len(pairs)
 
 
 def fit_references(
@@ -71,12 +84,13 @@ def fit_references(
     settings: Settings,
     seed: int,
 ) -> None:
-    """SFT in place; keeps the epoch whose combined policy gives the validation answers the highest probability."""
+    """SFT in place; keeps the epoch whose combined policy answers the most validation prompts right, decoding greedily;
+    of equals, the one under which the answers are most probable."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW([*router.model.parameters(), *router.head.parameters()], lr=settings.learning_rate)
     updates = settings.epochs * -(-len(train) // settings.batch_size)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=updates)
-    best: tuple[float, Any] = (-float("inf"), None)
+    best: tuple[tuple[float, float], Any] = ((-1.0, 0.0), None)
     for epoch in range(settings.epochs):
         for batch in batches(train, settings.batch_size, rng):
             rows = router.rows(batch)
@@ -84,8 +98,8 @@ def fit_references(
             made, scores, targets = router.forward(rows)
             _update(optimizer, sft_loss(made, scores, told, targets), router)
             rate.step()
-        value = mean_logprob(router, validation, settings.batch_size)
-        print(f"sft {epoch + 1}/{settings.epochs}: log-probability of a validation answer {value:.3f}", flush=True)
+        value = router.measure(validation, settings.batch_size)
+        print(f"sft {epoch + 1}/{settings.epochs}: {_told(value)}", flush=True)
         if value > best[0]:
             best = value, copy.deepcopy((router.model.state_dict(), router.head.state_dict()))
     router.model.load_state_dict(best[1][0])
@@ -99,11 +113,11 @@ def fit_preferences(
     settings: Settings,
     seed: int,
 ) -> None:
-    """CDPO in place, the head frozen; taken back if the validation answers became less probable."""
+    """CDPO in place, the head frozen; taken back if fewer validation prompts are answered right than before."""
     rng = random.Random(seed)
     start = Router(copy.deepcopy(router.model), router.experts, router.encoder, router.device)
     start.head = router.head
-    before = mean_logprob(router, validation, settings.batch_size)
+    before = router.measure(validation, settings.batch_size)
     optimizer = torch.optim.AdamW(router.model.parameters(), lr=settings.preference_rate)
     for _ in range(settings.preference_epochs):
         for batch in batches(pairs, settings.batch_size, rng):
@@ -114,18 +128,21 @@ def fit_preferences(
                 before_right, before_wrong = map(start.response_logprobs, (right, wrong), told)
             now_right, now_wrong = map(router.response_logprobs, (right, wrong), told)
             _update(optimizer, preference_loss(now_right, now_wrong, before_right, before_wrong), router)
-    after = mean_logprob(router, validation, settings.batch_size)
-    print(f"cdpo: log-probability of a validation answer {before:.3f} -> {after:.3f}", flush=True)
-    if after < before:
+    after = router.measure(validation, settings.batch_size)
+    print(f"cdpo: {_told(before)} -> {_told(after)}", flush=True)
+    if after[0] < before[0]:
         router.model.load_state_dict(start.model.state_dict())
         print("cdpo taken back", flush=True)
 
 
-@torch.no_grad()
-def mean_logprob(router: Router, pairs: list[tuple[Question, str]], size: int) -> float:
-    """Mean log-probability of whole reference answers under the combined policy."""
-    batched = [router.rows(pairs[at : at + size]) for at in range(0, len(pairs), size)]
-    return float(torch.cat([router.response_logprobs(rows, router.told(rows)) for rows in batched]).mean())
+def _sums(values: Tensor, rows: Sequences) -> Tensor:
+    """Values [N] of the answers' tokens, summed by row [B]."""
+    owner = torch.arange(len(rows.ids), device=values.device).unsqueeze(1).expand_as(rows.answer)[rows.answer]
+    return values.new_zeros(len(rows.ids)).index_add(0, owner, values)
+
+
+def _told(measured: tuple[float, float]) -> str:
+    return f"{measured[0]:.3f} of the validation answers right, log-probability {measured[1]:.3f}"
 
 
 def _update(optimizer: torch.optim.Optimizer, loss: Tensor, router: Router) -> None:

@@ -11,10 +11,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from gate import checkpoint
 from gate.evaluate import Answers, Question, new_results, read_questions, save_results
-from gate.fusionroute.data import Encoder, batches, preferences
+from gate.fusionroute.data import Encoder, Sequences, batches, preferences
 from gate.fusionroute.export import export
 from gate.fusionroute.losses import combined, disagreement, preference_loss, routing_loss, sft_loss
-from gate.fusionroute.train import Router, Settings, fit_preferences, fit_references, mean_logprob
+from gate.fusionroute.train import Router, Settings, fit_preferences, fit_references
 from tests.gate.examples import ROOT
 
 AGREE = [[0.7, 0.2, 0.1], [0.6, 0.3, 0.1]]
@@ -104,14 +104,14 @@ def test_training_makes_right_answers_probable_and_leaves_the_experts_alone():
     pairs = [(question, question.number * 2) for question in questions]
     router = Router(small_model(0), [small_model(1), small_model(2)], encoder, "cpu")
     frozen = [parameter.clone() for expert in router.experts for parameter in expert.parameters()]
-    before = mean_logprob(router, pairs, 4)
+    _, before = router.measure(pairs, 4)
     fit_references(router, pairs, pairs, Settings(epochs=5, batch_size=4, learning_rate=1e-2), seed=0)
-    trained = mean_logprob(router, pairs, 4)
+    share, trained = router.measure(pairs, 4)
     assert trained > before + 1
     head = router.head.weight.clone()
     wrong = [(question, text, "no") for question, text in pairs]
     fit_preferences(router, wrong, pairs, Settings(epochs=1, batch_size=4), seed=0)
-    assert mean_logprob(router, pairs, 4) >= trained
+    assert router.measure(pairs, 4)[0] >= share
     assert torch.equal(router.head.weight, head)
     after = [parameter for expert in router.experts for parameter in expert.parameters()]
     assert all(torch.equal(*both) for both in zip(frozen, after, strict=True))
@@ -126,3 +126,23 @@ def test_response_logprobs_sum_each_rows_own_answer():
     for at, (question, text) in enumerate([(questions[0], "long answer"), (questions[1], "no")]):
         alone = router.rows([(question, text)])
         torch.testing.assert_close(router.response_logprobs(alone, router.told(alone))[0], together[at])
+
+
+def test_an_answer_counts_as_right_when_greedy_decoding_gives_it():
+    """Against decoding one token at a time."""
+    encoder = Encoder(AutoTokenizer.from_pretrained(ROOT / "deploy/demo/experts/math", local_files_only=True))
+    question = Question("0", "d", [{"role": "user", "content": "hi"}], {})
+    experts = [small_model(1), small_model(2)]
+    router = Router(small_model(0), experts, encoder, "cpu")
+    ids, start = encoder(question, "")
+    made = []
+    for _ in range(3):
+        tokens = torch.tensor([[*ids[:start], *made]])
+        hidden = router.model.model(tokens).last_hidden_state[0, -1]
+        chosen = experts[int(router.head(hidden).argmax())]
+        made.append(int((router.model(tokens).logits[0, -1] + chosen(tokens).logits[0, -1].log_softmax(-1)).argmax()))
+    rows = Sequences(torch.tensor([[*ids[:start], *made]]), torch.arange(start + 3).unsqueeze(0) >= start)
+    router.rows = lambda pairs: rows
+    assert router.measure([(question, "")], 1)[0] == 1.0
+    rows.ids[0, -1] += 1
+    assert router.measure([(question, "")], 1)[0] == 0.0
