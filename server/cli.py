@@ -190,10 +190,16 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _expert(options: argparse.Namespace) -> int:
+    import msgspec
+
     from server.config import load_config
     from server.remote.host import ExpertHost
 
-    ExpertHost(load_config(options.config), options.name, options.listen).run()
+    config = load_config(options.config)
+    config = msgspec.structs.replace(config, logging=_logging(options, config.logging))
+    options.log_format = config.logging.format
+    logs.configure(config.logging, "expert host")
+    ExpertHost(config, options.name, options.listen).run()
     return 0
 
 

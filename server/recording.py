@@ -90,7 +90,7 @@ def _template(config: Config, file: str | None) -> str | None:
 
 
 def model_files(config: Config) -> list[ModelFiles]:
-    return [read_model_files(config.path(expert.model)) for expert in config.experts]
+    return [read_model_files(config.path(expert.model), weights=False) for expert in config.experts]
 
 
 def seed_of(seed: int, number: int) -> int:

@@ -65,7 +65,7 @@ class Texts:
         """Reads every expert's files. Raises StartError."""
         self._experts = Deployment(config).experts
         self.stop_token_ids = sorted(frozenset[int]().union(*(expert.eos_token_ids for expert in self._experts)))
-        files = read_model_files(config.path(config.experts[0].model))
+        files = read_model_files(config.path(config.experts[0].model), weights=False)
         named = self._experts[0].tokenizer.core.token_to_id(files.special_tokens.get("eos_token", ""))
         if named is None and not self.stop_token_ids:
             raise StartError(f"expert {self._experts[0].name}: its files name no end token")

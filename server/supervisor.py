@@ -267,9 +267,8 @@ def start_expert(
     for rank in range(size):
         own = cores[rank::size] or cores if cores else None
         place = Placement(expert, generation, rank, port, own, expert_gpus(config)[expert])
-        door = None if rank else listener
-        capture = config.logging.format == "json"
-        child = spawn(expert_name(config, place), run_expert, config, place, directory, door, capture=capture)
+        name, door = expert_name(config, place), None if rank else listener
+        child = spawn(name, run_expert, config, place, directory, door, capture=config.logging.format == "json")
         children.append(replace(child, rank_port=port))
     return children
 

@@ -213,10 +213,6 @@ class Connection(Channel[Incoming, Outgoing]):
         """Whether the peer has gone and everything that it said was taken."""
         return self._socket is None and not self._messages
 
-    @property
-    def alone(self) -> bool:
-        return False
-
     def _peer(self) -> socket.socket | None:
         return self._socket
 

@@ -9,7 +9,6 @@ folder and is not run again; after an interruption the same call goes on. Nothin
 import argparse
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -37,7 +36,6 @@ FULL = list(FAMILIES)[-1]
 REFINEMENT_STEPS = 40
 RESPONSES = (50, 200, 1000, 5000)
 POLICIES = ("uniform", "uniform-prob", "product", "entropy", "confidence", "perplexity")
-FUSIONROUTE = ["FusionRoute, its router alone", "FusionRoute, routing only", "FusionRoute"]
 MERGING = ("linear", "task-arithmetic", "ties", "dare", "dare-ties")
 NAME = "polylogit-demo"
 ANSWER_TOKENS = "24"
@@ -112,23 +110,20 @@ class Experiment:
         )  # fmt: skip
 
     def train(self, name: str) -> None:
-        drawn: list[object] = [
-            "--prompts",
-            self.prompts / "train.jsonl",
-            "--grader",
-            "exact",
-            "--max-tokens",
-            ANSWER_TOKENS,
-        ]
-        refined = ["--refine-steps", REFINEMENT_STEPS, *drawn] if name.endswith("refinement") else []
-        self._train(self.gate(name), [*FAMILIES[name], *refined])
+        refined = [
+            "--refine-steps", REFINEMENT_STEPS, "--prompts", self.prompts / "train.jsonl", "--grader", "exact",
+            "--max-tokens", ANSWER_TOKENS,
+        ]  # fmt: skip
+        self._train(self.gate(name), [*FAMILIES[name], *(refined if name.endswith("refinement") else [])])
 
     def train_few(self, count: int) -> None:
         self._train(self.gate(_few(count)), [*FAMILIES["gate, both"], "--responses", count])
 
     def _train(self, output: Path, settings: list[object]) -> None:
-        traces = ["--traces", self.work / "traces"]
-        self.polylogit("train", self.config("demo"), *traces, "--output", output, "--seed", self.seed, *settings)
+        self.polylogit(
+            "train", self.config("demo"), "--traces", self.work / "traces", "--output", output, "--seed", self.seed,
+            *settings,
+        )  # fmt: skip
 
     def remove_inputs(self) -> None:
         for removed in ("topk", "hidden", "state"):
@@ -170,8 +165,12 @@ class Experiment:
         self.evaluate("merged", "test.jsonl", "merged", {name: f"merged, {name}" for name in self.merging()})
 
     def evaluate_fusionroute(self) -> None:
-        rows = zip(("router", "routing-only", "fusionroute"), FUSIONROUTE, strict=True)
-        self.evaluate("fusionroute", "test.jsonl", "fusionroute", dict(rows))
+        rows = {
+            "router": "FusionRoute's router alone",
+            "routing-only": "FusionRoute, routing only",
+            "fusionroute": "FusionRoute",
+        }
+        self.evaluate("fusionroute", "test.jsonl", "fusionroute", rows)
 
     def route(self) -> None:
         self.module(
@@ -181,9 +180,14 @@ class Experiment:
         )  # fmt: skip
 
     def write_tables(self) -> None:
-        merged = [f"merged, {name}" for name in self.merging()]
-        baselines = [*EXPERTS, "oracle routing", "learned routing", *POLICIES, *merged]
-        order = [*baselines, *FUSIONROUTE, *FAMILIES]
+        order = [
+            *EXPERTS,
+            "oracle routing",
+            "learned routing",
+            *POLICIES,
+            *(f"merged, {name}" for name in self.merging()),
+        ]
+        order += ["FusionRoute, routing only", "FusionRoute's router alone", "FusionRoute", *FAMILIES]
         order += [_without(removed) for removed in ("topk", "hidden", "state")]
         files = ["policies", "routing", "merged", "fusionroute", *(_file(label) for label in self.gates())]
         tables.write(
@@ -191,7 +195,7 @@ class Experiment:
             self.report,
             order=order,
             gate=FULL,
-            against=[baselines, FUSIONROUTE],
+            against=order[: order.index("FusionRoute, routing only")],
             efficiency={_few(count): count for count in RESPONSES},
         )
         for name in ("commands.txt", "times.json"):
@@ -246,7 +250,7 @@ class Experiment:
 
     def command(self, shown: str, program: list[str], arguments: tuple[object, ...]) -> None:
         words = [str(argument) for argument in arguments]
-        line = f"{shown} {shlex.join(words)}"
+        line = " ".join([shown, *(f"'{word}'" if " " in word else word for word in words)])
         with (self.work / "commands.txt").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         print(line, flush=True)

@@ -8,7 +8,6 @@ import socket
 import time
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +15,13 @@ from server import logs
 from server.config import Config, ExpertConfig
 from server.messages import Ready
 from server.placement import Placement
-from server.remote.agreement import end_tokens, facts
+from server.remote.agreement import Terms, end_tokens, facts
 from server.remote.door import Door
 from server.remote.handshake import load_key
 
 if TYPE_CHECKING:
     from gate.checkpoint import Gate
+    from server.expert.worker import Projector
 
 
 def run(config: Config, place: Placement, directory: Path, listener: socket.socket | None = None) -> None:
@@ -57,30 +57,37 @@ def run(config: Config, place: Placement, directory: Path, listener: socket.sock
     door = None if listener is None else _door(config, chosen, listener)
     conversation = converse(place, chosen.tensor_parallel_size, directory, door)
     gate = _projecting_gate(config, chosen)
+    terms = Terms(exact=config.missing == "exact", projection="none" if gate is None else "gate")
     started = time.perf_counter()
     engine = VllmEngine(
         chosen,
         str(config.path(chosen.model)),
         max_sequences=config.limits.sequences,
-        want_hidden=gate is not None,
+        want_hidden=gate is not None or chosen.address is not None,  # any coordinator may ask for them
         end_tokens=end_tokens(config),
     )
     loaded = logs.fields(seconds=round(time.perf_counter() - started, 1), **_facts(engine.info))
     logging.getLogger("polylogit.expert").info("engine loaded", extra=loaded)
-    work = partial(
-        Worker,
-        engine,
-        conversation,
-        expert=place.expert,
-        top_k=config.top_k,
-        projector=gate,
-        retain=config.missing == "exact",
-    )
+
+    def serve(terms: Terms) -> None:
+        projector = _projector(terms, gate)
+        Worker(
+            engine,
+            conversation,
+            expert=place.expert,
+            top_k=config.top_k,
+            projector=projector,
+            retain=terms.exact,
+        ).run()
+
     try:
         if chosen.address is None:
-            work().run()
+            serve(terms)
+        elif door is None:
+            while True:  # a rank that hears what rank 0 hears, and is not heard
+                serve(terms)
         else:
-            serve_visitors(door, lambda: work().run())
+            serve_visitors(door, serve)
     finally:
         engine.close()
         conversation.close()
@@ -90,12 +97,19 @@ def _facts(info: Ready) -> dict[str, int | str]:
     return {"kv_tokens": info.kv_tokens, "max_model_len": info.max_model_len, "vllm": info.version}
 
 
-def serve_visitors(door: Door | None, serve: Callable[[], None]) -> None:
-    """`serve` one coordinator after another. Only the first of several ranks has a `door`."""
-    if door is not None:
-        door.open()
-    while door is None or door.admit():
-        serve()
+def serve_visitors(door: Door, serve: Callable[[Terms], None]) -> None:
+    """`serve` one coordinator after another, as each wishes, until the door is closed."""
+    door.open()
+    while (terms := door.admit()) is not None:
+        serve(terms)
+
+
+def _projector(terms: Terms, gate: Gate | None) -> Projector | None:
+    from gate.recording import RecordingGate, UniformGate
+
+    if terms.projection == "raw":
+        return RecordingGate(UniformGate(), [terms.width])
+    return gate if terms.projection == "gate" else None
 
 
 def _door(config: Config, expert: ExpertConfig, listener: socket.socket) -> Door:

@@ -1,5 +1,6 @@
 """What the coordinator and a worker on another host must agree on, as far as it can be known without loading weights.
-Each states its facts by name; the first that differs is named in one line.
+Each knows its facts by name; the first that differs is named in one line. What the worker does as each coordinator
+wishes are its `Terms`.
 """
 
 from __future__ import annotations
@@ -8,42 +9,88 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
-from gate.contract import sha256_file
+from gate.contract import read_contract, sha256_file
 from server import VLLM_VERSION, __version__
 from server.config import Config
 from server.errors import StartError
 from server.messages import FromExpert, ToExpert
 from server.model_files import read_model_files, weight_files
-from server.remote.handshake import Verdict
 
+_OPTIONAL = ("weights", "gate")
+"""Facts that a coordinator may leave out."""
 _SAMPLES = 16
 _SAMPLE_BYTES = 1 << 16
 
 
+class Terms(msgspec.Struct, frozen=True):
+    """`exact`: keep the last logits of parked sequences. `projection` of hidden states: by nothing, by the gate that
+    both hosts have, or "raw", themselves, padded to `width` (`polylogit record`)."""
+
+    exact: bool
+    projection: Literal["none", "gate", "raw"]
+    width: int = 0
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """What a coordinator says once it is trusted."""
+
+    facts: dict[str, str]
+    terms: Terms
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """What the worker answers. `reason` is empty where it agrees; `final`: asking again is of no use until somebody
+    mends a configuration."""
+
+    reason: str
+    final: bool
+
+
 def facts(config: Config, name: str) -> dict[str, str]:
-    """What this host knows of expert `name` and of what all experts share. Raises StartError for files that are not
-    there; only the weights may be missing, and are no fact then."""
+    """What a host knows of expert `name` and of what all experts share. Raises StartError for files that are not there;
+    only the weights may be missing, and are no fact then."""
     expert = config.experts[config.expert_names.index(name)]
     model = config.path(expert.model)
+    ends = end_tokens(config)  # first: it says which files are missing
     found = {
         "polylogit": __version__,
         "protocol": _digest([json.dumps(msgspec.json.schema_components([ToExpert, FromExpert])).encode()]),
         "vLLM": VLLM_VERSION,
         "expert": name,
-        "experts": ", ".join(config.expert_names),
         "model": _digest([(model / "config.json").read_bytes(), (model / "tokenizer.json").read_bytes()]),
-        "end tokens": ", ".join(map(str, end_tokens(config))),
+        "end tokens": ", ".join(map(str, ends)),
         "max_model_len": str(expert.max_model_len),
         "dtype": expert.dtype,
         "top_k": str(config.top_k),
-        "missing": config.missing,
         "limits.sequences": str(config.limits.sequences),
-        "gate": "none" if config.gate is None else sha256_file(config.path(config.gate.file))[:12],
+        "gate": _gate(config),
     }
     return found | ({"weights": _weights(files)} if (files := weight_files(model)) else {})
+
+
+def offer(config: Config, name: str) -> Offer:
+    """The coordinator's, to expert `name`. Raises StartError."""
+    known, chosen = facts(config, name), terms(config)
+    if chosen.projection != "gate":
+        del known["gate"]  # the worker will not use it
+    return Offer(known, chosen)
+
+
+def terms(config: Config) -> Terms:
+    """What the coordinator wishes."""
+    exact = config.missing == "exact"
+    if config.gate is None:
+        return Terms(exact, "none")
+    file = config.path(config.gate.file)
+    if "hidden" not in (contract := read_contract(file)).inputs:
+        return Terms(exact, "none")
+    from gate.recording import is_recording
+
+    return Terms(exact, "raw", contract.projected_size) if is_recording(file) else Terms(exact, "gate")
 
 
 def end_tokens(config: Config) -> list[int]:
@@ -58,11 +105,16 @@ def end_tokens(config: Config) -> list[int]:
 
 
 def compare(coordinators: dict[str, str], experts: dict[str, str]) -> Verdict:
-    """The worker's verdict on a coordinator: `final` where they differ."""
-    for name, mine in experts.items():
-        if name in coordinators and (theirs := coordinators[name]) != mine:
-            return Verdict(f"{name} is {mine} there and {theirs} here", final=True)
+    """The worker's verdict on a coordinator's facts: `final` where they differ."""
+    for name, ours in experts.items():
+        theirs = coordinators.get(name, ours if name in _OPTIONAL else "unknown")
+        if theirs != ours:
+            return Verdict(f"{name} is {ours} at the expert and {theirs} at the coordinator", final=True)
     return Verdict("", final=False)
+
+
+def _gate(config: Config) -> str:
+    return "none" if config.gate is None else sha256_file(config.path(config.gate.file))[:12]
 
 
 def _weights(files: list[Path]) -> str:

@@ -11,7 +11,7 @@ import time
 
 from server.config import Config, parse_address
 from server.errors import UnreachableError
-from server.remote.agreement import facts
+from server.remote.agreement import Offer, offer
 from server.remote.handshake import greet, load_key, tune
 
 _CONNECT_SECONDS = 5.0
@@ -24,14 +24,15 @@ _SOONEST_SECONDS = 1.0
 class Dialer:
     """Reaches the worker at `address`. Never blocks its caller."""
 
-    def __init__(self, address: str, key: bytes, facts: dict[str, str]) -> None:
+    def __init__(self, address: str, key: bytes, offer: Offer) -> None:
         self.address = address
         self._key = key
-        self._facts = facts
+        self._offer = offer
         self._outcomes: queue.SimpleQueue[socket.socket | UnreachableError] = queue.SimpleQueue()
         self._trying = False
         self._reached_at = -_SOONEST_SECONDS
         self._closed = threading.Event()
+        self._ending = threading.Lock()
 
     def reach(self) -> socket.socket | None:
         """The connection, once there is one; until then it is tried again and again. Raises UnreachableError, once for
@@ -53,10 +54,10 @@ class Dialer:
         """A connection to a worker that knows the key and fits. Raises UnreachableError."""
         try:
             peer = socket.create_connection(parse_address(self.address), _CONNECT_SECONDS)
-        except OSError as error:
-            raise UnreachableError(f"{self.address}: {error.strerror or error}") from None
+        except (OSError, UnicodeError) as error:
+            raise UnreachableError(f"{self.address}: {getattr(error, 'strerror', None) or error}") from None
         try:
-            greet(peer, self._key, self._facts)
+            greet(peer, self._key, self._offer)
             tune(peer)
         except (OSError, UnreachableError) as error:
             peer.close()
@@ -65,17 +66,24 @@ class Dialer:
 
     def close(self) -> None:
         """Stop trying; an attempt that is under way ends within its time limits."""
-        self._closed.set()
+        with self._ending:
+            self._closed.set()
+            while not self._outcomes.empty():
+                if isinstance(outcome := self._outcomes.get_nowait(), socket.socket):
+                    outcome.close()
 
     def _try(self) -> None:
         pause = _FIRST_PAUSE
         self._closed.wait(max(0.0, self._reached_at + _SOONEST_SECONDS - time.monotonic()))
         while not self._closed.is_set():
             try:
-                self._outcomes.put(self.dial())
-                return
+                peer = self.dial()
             except UnreachableError as error:
                 self._outcomes.put(error)
+            else:
+                with self._ending:
+                    peer.close() if self._closed.is_set() else self._outcomes.put(peer)
+                return
             self._closed.wait(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
@@ -84,4 +92,4 @@ def dialers(config: Config) -> dict[int, Dialer]:
     """Expert -> how it is reached, for those on other hosts. Raises StartError if they cannot be reached from here."""
     remote = [(index, expert) for index, expert in enumerate(config.experts) if expert.address is not None]
     key = load_key(config) if remote else b""
-    return {index: Dialer(str(expert.address), key, facts(config, expert.name)) for index, expert in remote}
+    return {index: Dialer(str(expert.address), key, offer(config, expert.name)) for index, expert in remote}

@@ -15,8 +15,8 @@ import time
 
 from server.errors import UnreachableError
 from server.messages import FromExpert, Stop, ToExpert
-from server.remote.agreement import compare
-from server.remote.handshake import Verdict, tune, welcome
+from server.remote.agreement import Offer, Terms, Verdict, compare
+from server.remote.handshake import tune, welcome
 from server.transport import Connection
 
 log = logging.getLogger("polylogit")
@@ -40,7 +40,7 @@ class Door:
         self._facts = facts
         self._hang_seconds = hang_seconds
         self._handshakes = threading.BoundedSemaphore(_MOST_HANDSHAKES)
-        self._admitted: queue.SimpleQueue[socket.socket | None] = queue.SimpleQueue()
+        self._admitted: queue.SimpleQueue[tuple[socket.socket, Terms] | None] = queue.SimpleQueue()
         self._vacant = threading.Lock()
         self._served: socket.socket | None = None
         self._gone_since: float | None = None
@@ -53,12 +53,13 @@ class Door:
         log.info("waiting for a coordinator on %s:%s", *self._listener.getsockname()[:2])
         threading.Thread(target=self._listen, name="door", daemon=True).start()
 
-    def admit(self) -> bool:
-        """Wait for the next coordinator; False once the door is closed."""
-        if (peer := self._admitted.get()) is None:
-            return False
+    def admit(self) -> Terms | None:
+        """Wait for the next coordinator: what it wishes; None once the door is closed."""
+        if (admitted := self._admitted.get()) is None:
+            return None
+        peer, terms = admitted
         self._channel = Connection(peer, ToExpert)
-        return True
+        return terms
 
     def send(self, message: FromExpert) -> None:
         if self._channel is not None:
@@ -79,10 +80,8 @@ class Door:
 
     def close(self) -> None:
         """End the conversation and let nobody in any more."""
-        if self._closed:
-            return
         self._closed = True
-        with contextlib.suppress(OSError):  # not listening yet
+        with contextlib.suppress(OSError):  # not yet opened
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._part()
@@ -119,18 +118,18 @@ class Door:
         """Let in who knows the key, fits, and finds the place vacant."""
         taken = False
 
-        def judge(theirs: dict[str, str]) -> Verdict:
+        def judge(offer: Offer) -> Verdict:
             nonlocal taken
-            verdict = compare(theirs, self._facts)
+            verdict = compare(offer.facts, self._facts)
             taken = not verdict.reason and self._vacant.acquire(blocking=False)
             return verdict if verdict.reason or taken else Verdict("it serves another coordinator", final=False)
 
         try:
-            if welcome(peer, self._key, judge):
+            if (offer := welcome(peer, self._key, judge)) is not None:
                 tune(peer)
                 log.info("serving the coordinator on %s", host)
                 self._served = peer
-                self._admitted.put(peer)
+                self._admitted.put((peer, offer.terms))
                 return
         except (OSError, UnreachableError) as error:
             log.warning("turned %s away: %s", host, error)
@@ -147,7 +146,8 @@ class Door:
         if (served := self._served) is None:
             return
         poller = select.poll()
-        poller.register(served, select.POLLRDHUP)
+        with contextlib.suppress(ValueError):  # just closed: it has noticed
+            poller.register(served, select.POLLRDHUP)
         if not poller.poll(0):
             return
         if self._gone_since is None:

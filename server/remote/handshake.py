@@ -3,7 +3,7 @@
 Both know one secret. Each sends 32 random bytes, and proves the secret by an HMAC-SHA256 over its own role and both
 numbers; the coordinator first, so that a stranger at the worker's port gets a random number and nothing else. A proof
 sent back to its sender is worthless, because the roles differ, and so is one heard earlier, because the numbers do.
-Then the coordinator says what it counts on (`server.remote.agreement`), and the worker agrees or says why not.
+Then the coordinator makes its offer (`server.remote.agreement`), and the worker agrees or says why not.
 
 Every frame is a length (uint32, little-endian) and that many bytes, bounded before they are read. The whole has a time
 limit, however slowly the peer talks. Nothing is encrypted: the network between the hosts must be private.
@@ -25,6 +25,7 @@ import msgspec
 
 from server.config import Config
 from server.errors import StartError, UnreachableError
+from server.remote.agreement import Offer, Verdict
 
 HANDSHAKE_SECONDS = 5.0
 KEY_VARIABLE = "POLYLOGIT_CLUSTER_KEY"
@@ -39,15 +40,7 @@ _IDLE_PROBE_SECONDS = 5
 _PROBES = 3
 
 
-class Verdict(msgspec.Struct, frozen=True):
-    """What the worker says to the coordinator's facts. `reason` is empty where it agrees; `final`: asking again is of
-    no use until somebody mends a configuration."""
-
-    reason: str
-    final: bool
-
-
-Judge = Callable[[dict[str, str]], Verdict]
+Judge = Callable[[Offer], Verdict]
 
 
 def load_key(config: Config) -> bytes:
@@ -70,7 +63,7 @@ def load_key(config: Config) -> bytes:
     return key
 
 
-def greet(peer: socket.socket, key: bytes, facts: dict[str, str]) -> None:
+def greet(peer: socket.socket, key: bytes, offer: Offer) -> None:
     """The coordinator's side. Raises UnreachableError, with `final` if trying again is of no use."""
     wire = _Wire(peer)
     try:
@@ -84,7 +77,7 @@ def greet(peer: socket.socket, key: bytes, facts: dict[str, str]) -> None:
             raise UnreachableError("it does not accept this host's cluster key", final=True) from None
         if not hmac.compare_digest(proof, _proof(key, _EXPERT, mine, theirs)):
             raise UnreachableError("it does not know the cluster key", final=True)
-        wire.send(msgspec.msgpack.encode(facts))
+        wire.send(msgspec.msgpack.encode(offer))
         verdict = msgspec.msgpack.decode(wire.receive(_LARGEST_BYTES), type=Verdict)
     except (OSError, msgspec.DecodeError) as error:
         raise UnreachableError(_words(error)) from None
@@ -92,28 +85,29 @@ def greet(peer: socket.socket, key: bytes, facts: dict[str, str]) -> None:
         raise UnreachableError(verdict.reason, final=verdict.final)
 
 
-def welcome(peer: socket.socket, key: bytes, judge: Judge) -> bool:
-    """The worker's side: True if the coordinator may stay, False for a visitor that left without a word (a health
-    check). Raises UnreachableError otherwise; a peer that does not know the key has been told nothing then."""
+def welcome(peer: socket.socket, key: bytes, judge: Judge) -> Offer | None:
+    """The worker's side: the offer of a coordinator that may stay, None for a visitor that left without a word (a
+    health check). Raises UnreachableError otherwise; a peer that does not know the key has been told nothing then."""
     wire = _Wire(peer)
     try:
         try:
             theirs = wire.number()
         except _Closed:
-            return False
+            return None
         mine = secrets.token_bytes(_NUMBER_BYTES)
         wire.send(mine)
         proof = wire.receive(_NUMBER_BYTES)
         if not hmac.compare_digest(proof, _proof(key, _COORDINATOR, theirs, mine)):
             raise UnreachableError("does not know the cluster key")
         wire.send(_proof(key, _EXPERT, theirs, mine))
-        verdict = judge(msgspec.msgpack.decode(wire.receive(_LARGEST_BYTES), type=dict[str, str]))
+        offer = msgspec.msgpack.decode(wire.receive(_LARGEST_BYTES), type=Offer)
+        verdict = judge(offer)
         wire.send(msgspec.msgpack.encode(verdict))
     except (OSError, msgspec.DecodeError) as error:
         raise UnreachableError(_words(error)) from None
     if verdict.reason:
         raise UnreachableError(verdict.reason)
-    return True
+    return offer
 
 
 def tune(peer: socket.socket) -> None:

@@ -18,6 +18,7 @@ from server.messages import (
     Drained,
     FromApi,
     FromSupervisor,
+    RemoteNote,
     RestartExpert,
     Stop,
     ToApi,
@@ -66,7 +67,9 @@ def coordinator(config: Config, directory: Path) -> None:
     control: Channel[FromSupervisor, ToSupervisor] = Channel(endpoint(directory, "control"), FromSupervisor, bind=True)
     if config.example_prompt == "coordinator dies":
         raise StartError("the experts' vocabularies differ")
-    if config.example_prompt != "never ready":
+    if config.example_prompt == "unreachable":
+        control.send(RemoteNote(1, "10.0.0.2:8100: Connection refused"))
+    elif config.example_prompt != "never ready":
         control.send(CoordinatorReady())
     if config.example_prompt == "restart a":
         control.send(RestartExpert(1, 7, "stale: there is no such generation"))

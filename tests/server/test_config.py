@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server.config import load_config, parse_config, parse_size
+from server.config import load_config, parse_address, parse_config, parse_size
 from server.errors import ConfigError, StartError
 from server.policy import Contrastive, Select, Single, Uniform, Weights
 
@@ -212,3 +212,31 @@ def test_files_that_are_no_configuration(tmp_path, content, words):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(StartError, match="cannot be read: No such file"):
         load_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("10.0.0.2:8100", ("10.0.0.2", 8100)),
+        ("gpu-1.internal:80", ("gpu-1.internal", 80)),
+        ("[fd00::2]:8100", ("fd00::2", 8100)),
+    ],
+)
+def test_addresses(text, address):
+    assert parse_address(text) == address
+    assert parse(experts=[A, {**B, "address": text}]).experts[1].host == address[0]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "10.0.0.2", ":8100", "10.0.0.2:0", "10.0.0.2:65536", "a b:1", "http://a:1", "::1:1"]
+)
+def test_what_is_no_address(text):
+    assert expert(address=text) == f"configuration: experts.b.address: {text!r} is not an address such as 10.0.0.2:8100"
+
+
+def test_no_two_experts_at_one_address():
+    away = {"address": "10.0.0.2:8100"}
+    assert (
+        problem(experts=[{**A, **away}, {**B, **away}])
+        == "configuration: experts.b.address: 10.0.0.2:8100 is also expert a's"
+    )

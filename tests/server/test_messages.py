@@ -104,7 +104,7 @@ SAMPLES = {
     messages.ToSupervisor: [
         CoordinatorReady(),
         RestartExpert(0, 4, "no answer for 60 s"),
-        RemoteNote(1, "the connection was lost"),
+        RemoteNote(1, ""),
         Drained(),
     ],
 }

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from server.config import Config, parse_config
@@ -97,7 +98,7 @@ def test_a_child_does_not_outlive_its_parent(tmp_path):
         assert until(lambda: not alive(pid))
 
 
-def test_theprivate_directory_is_private_and_goes():
+def test_the_private_directory_is_private_and_goes():
     with pytest.raises(RuntimeError), private_directory() as directory:
         assert stat.S_IMODE(directory.stat().st_mode) == 0o700
         (directory / "socket").touch()
@@ -135,6 +136,17 @@ def test_gpu_experts_take_the_next_free_ones():
     experts = [{"name": f"e{index}", "model": "m", **each} for index, each in enumerate(fields)]
     given = parse_config({"name": "fake", "experts": experts}, directory=Path())
     assert expert_gpus(given) == [[2], [1, 0], [], [3, 4]]
+
+
+def test_every_host_has_cores_and_gpus_of_its_own(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
+    there, elsewhere = {"address": "10.0.0.2:8100"}, {"address": "10.0.0.3:8100"}
+    fields = [{}, {"device": "cuda"}, {}, there, there | {"device": "cuda"}, elsewhere | {"device": "cuda"}]
+    fields[4] |= {"tensor_parallel_size": 2, "address": "10.0.0.2:8101"}
+    experts = [{"name": f"e{index}", "model": "m", **each} for index, each in enumerate(fields)]
+    given = parse_config({"name": "fake", "experts": experts}, directory=Path())
+    assert expert_cpus(given) == [[0, 2], None, [1, 3], [0, 1, 2, 3], None, None]
+    assert expert_gpus(given) == [[], [0], [], [], [0, 1], [0]]
 
 
 # --- a deployment ---
@@ -224,6 +236,20 @@ def test_what_cannot_go_on_ends_with_one_line_and_leaves_nothing(tmp_path, model
         supervisor.run()
     assert until(lambda: everything_ended(tmp_path, earlier))
     assert not supervisor._directory.exists()
+
+
+@pytest.mark.usefixtures("_children")
+def test_an_expert_on_another_host_is_not_started_here(tmp_path, earlier):
+    given = config(tmp_path, example_prompt="unreachable", limits={"start_seconds": 2.0})
+    away = msgspec.structs.replace(given.experts[1], address="10.0.0.2:8100")
+    given = msgspec.structs.replace(given, experts=[given.experts[0], away])
+    with pytest.raises(StartError, match=r"expert b: 10[.]0[.]0[.]2:8100: Connection refused"):
+        Supervisor(given, lambda url: None).run()
+    assert [path.name for path in tmp_path.glob("*.pid")] == ["a-0.pid"]
+    assert "ExpertUp(expert=0, generation=0)" in heard(tmp_path) and not any(
+        "expert=1" in line for line in heard(tmp_path)
+    )
+    assert until(lambda: everything_ended(tmp_path, earlier))
 
 
 def test_a_port_that_is_taken(tmp_path):

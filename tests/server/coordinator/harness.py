@@ -32,7 +32,6 @@ from server.messages import (
     FromSupervisor,
     GetStats,
     Progress,
-    RemoteNote,
     RestartExpert,
     Stats,
     Status,
@@ -56,8 +55,7 @@ SECONDS = 20.0
 
 class Deployment:
     """What the coordinator told the api: `tokens`, `choices`, `cached`, `timings`, `ended` (in order of arrival),
-    `statuses`; the supervisor, of experts on other hosts: `notes`. `expert`: further configuration of some of them. Who
-    runs an expert with an `address` is the test."""
+    `statuses`. `expert`: further configuration of some of them."""
 
     def __init__(
         self,
@@ -90,7 +88,6 @@ class Deployment:
         self.traces: list[Trace] = []
         self._answers: list[ToApi] = []
         self.restarts: list[RestartExpert] = []
-        self.notes: list[str] = []
         self.drained = False
         self._terminal: Counter[int] = Counter()
         self._submitted: set[int] = set()
@@ -110,9 +107,8 @@ class Deployment:
         self._control: Channel[ToSupervisor, FromSupervisor] = Channel(
             endpoint(self._directory, "control"), ToSupervisor, bind=False
         )
-        for index, expert in enumerate(self.config.experts):
-            if expert.address is None:
-                self.start(index)
+        for expert in range(len(self.engines)):
+            self.start(expert)
         try:
             self.until(lambda: self._ready)
         except BaseException:
@@ -246,8 +242,6 @@ class Deployment:
                 self._ready = True
             case RestartExpert():
                 self.restarts.append(order)
-            case RemoteNote(message=message):
-                self.notes.append(message)
             case Drained():
                 self.drained = True
 
