@@ -34,7 +34,7 @@ def _sequences(stats: Stats) -> Iterator[Metric]:
 
 def _ticks(stats: Stats) -> Iterator[Metric]:
     yield counter("ticks", "Lockstep ticks: one step of every engine that had one to do.", stats.ticks)
-    yield counter("tokens", "Tokens generated.", stats.tokens)
+    yield counter("tokens", "Tokens generated, and tokens of prompts scored one a tick.", stats.tokens)
     yield histogram("tick_seconds", "From one start of the engines' steps to the next.", stats.tick_seconds)
     yield counters("tick_phase_seconds", "The ticks' time, by phase.", "phase", stats.phase_seconds)
     yield counter("position_faults", "Rows that engines reported for another position than due.", stats.position_faults)

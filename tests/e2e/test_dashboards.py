@@ -123,6 +123,11 @@ def test_every_rule_is_evaluated_and_no_alert_fires(prometheus: Prometheus, view
     assert prometheus.at('ALERTS{alertstate="firing"}', view.end) == []
 
 
+def test_a_scrape_under_load_takes_less_than_a_second(prometheus: Prometheus, view: View) -> None:
+    [median] = prometheus.at('quantile_over_time(0.5, scrape_duration_seconds{job="polylogit"}[1m])', view.end)
+    assert 0 < median.values[0] < 1
+
+
 def test_a_dashboard_is_drawn(prometheus: Prometheus, view: View, tmp_path: Path) -> None:
     dashboard = json.loads(DASHBOARDS[0].read_text(encoding="utf-8"))
     picture = tmp_path / "experts.png"
