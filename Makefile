@@ -8,34 +8,40 @@ TORCH := torch==2.13.0+cpu
 serve: .venv/ready
 	@$(BIN)/polylogit serve deploy/demo/polylogit.yaml
 
-test: .venv/ready
+test: .venv/ready-to-test
 	$(BIN)/python -m pytest
 
-test-fast: .venv/ready
+test-fast: .venv/ready-to-test
 	$(BIN)/python -m pytest -m "not e2e"
 
-check: .venv/ready
+check: .venv/ready-to-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-evaluate: .venv/ready
+evaluate: .venv/ready-to-test
 	deploy/demo/evaluate.sh
 
 bench: .venv/ready
 	$(BIN)/polylogit bench deploy/demo/polylogit.yaml --experts math,text --json deploy/demo/report/bench.json
 
-format: .venv/ready
+format: .venv/ready-to-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# torch's CPU build is not on PyPI: take it from where pip is configured to look, else from PyTorch's own index.
-.venv/ready: docker/requirements/cpu.txt docker/requirements/dev.txt pyproject.toml
+# What serving needs. torch's CPU build is not on PyPI: take it from where pip is configured to look, else from PyTorch's
+# own index.
+.venv/ready: docker/requirements/cpu.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q $(TORCH) || $(BIN)/pip install -q --index-url https://download.pytorch.org/whl/cpu $(TORCH)
-	$(BIN)/pip install -q --no-deps -r docker/requirements/cpu.txt -r docker/requirements/dev.txt
+	$(BIN)/pip install -q --no-deps -r docker/requirements/cpu.txt
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+# And what tests, checks and training need.
+.venv/ready-to-test: .venv/ready docker/requirements/dev.txt
+	$(BIN)/pip install -q --no-deps -r docker/requirements/dev.txt
 	touch $@
 
 clean:

@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="serve a deployment until SIGTERM")
     serve.add_argument("config", type=Path, metavar="FILE")
     serve.add_argument("--host", help="listen here instead of http.host")
-    serve.add_argument("--port", type=int, help="listen here instead of http.port; 0 takes a free one")
+    serve.add_argument("--port", type=_port, help="listen here instead of http.port; 0 takes a free one")
     serve.add_argument("--gate", type=Path, metavar="CHECKPOINT", help="this gate instead of gate.file")
     serve.set_defaults(run=_serve)
 
@@ -154,6 +154,12 @@ def _share(text: str) -> float:
     if not 0 <= (value := float(text)) < 1:
         raise argparse.ArgumentTypeError("must be at least 0 and below 1")
     return value
+
+
+def _port(text: str) -> int:
+    if not (text.isdecimal() and int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text} is no port from 0 to 65535")
+    return int(text)
 
 
 def _serve(options: argparse.Namespace) -> int:

@@ -23,11 +23,14 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from server.errors import StartError
 from server.messages import Message
 
 Incoming = TypeVar("Incoming")
 Outgoing = TypeVar("Outgoing", bound=Message)
 
+_MOST_ADDRESS = 107  # bytes that Linux takes as a socket's path
+_LONGEST_NAME = 24
 _LENGTH = struct.Struct("<I")
 _CHUNK = 1 << 18
 _RETRY_SECONDS = 0.05
@@ -38,7 +41,9 @@ _LARGEST_FRAME = 1 << 28
 
 
 def endpoint(directory: Path, name: str) -> str:
-    """The address called `name` in the deployment's private directory."""
+    """The address called `name` in the deployment's private directory. Raises StartError if that is too deep."""
+    if len(bytes(directory)) + _LONGEST_NAME > _MOST_ADDRESS:
+        raise StartError(f"{directory}: too long a path for sockets; set TMPDIR to a directory of a shorter one")
     return str(directory / name)
 
 

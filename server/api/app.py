@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from server import __version__
 from server.api.body import read, read_json, validated
@@ -19,7 +19,7 @@ from server.api.deployment import Deployment
 from server.api.faults import install_handlers
 from server.api.middleware import BodyLimited, KeyRequired, Observed, key_digests
 from server.api.models import model_card, model_list
-from server.api.openapi import body_of, describe, errors
+from server.api.openapi import STREAMED, body_of, describe, errors
 from server.api.playground import playground_routes
 from server.api.protocol import (
     ChatRequest,
@@ -95,13 +95,13 @@ def _keys(config: Config) -> list[str]:
 def _completion_routes(services: Services) -> APIRouter:
     router = APIRouter(tags=["completions"], responses=errors(post=True))
 
-    @router.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest))
+    @router.post("/v1/chat/completions", responses=STREAMED, openapi_extra=body_of(ChatRequest))
     async def create_chat_completion(request: Request) -> Response:
         services.client.require_ready()
         body = await read(request, ChatRequest)
         return services.reply(await chat_job(services, body, request.state.request_id))
 
-    @router.post("/v1/completions", openapi_extra=body_of(CompletionRequest))
+    @router.post("/v1/completions", responses=STREAMED, openapi_extra=body_of(CompletionRequest))
     async def create_completion(request: Request) -> Response:
         services.client.require_ready()
         body = await read(request, CompletionRequest)
@@ -155,7 +155,7 @@ def _operation_routes(services: Services) -> APIRouter:
         client.require_ready()
         return _json({"status": "ok", "experts": client.status.experts if client.status else {}})
 
-    @router.get("/metrics", responses=errors(post=False))
+    @router.get("/metrics", response_class=PlainTextResponse, responses=errors(post=False))
     async def metrics() -> Response:
         stats = await client.stats(_STATS_SECONDS)
         text = render(services.metrics, stats, age=client.stats_age, ready=client.ready)

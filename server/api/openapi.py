@@ -10,7 +10,14 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from server.api.protocol import Body
+from server.api.protocol import (
+    Body,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeChatRequest,
+    TokenizeTextRequest,
+)
 
 
 class ErrorInfo(BaseModel):
@@ -34,6 +41,20 @@ _WHY = {
     500: "An expert or the gate was lost on the way.",
     503: "Not ready, draining or the queue is full; see Retry-After.",
 }
+_QUESTION = [{"role": "user", "content": "Hello!"}]
+_CHAT = {"messages": _QUESTION, "max_tokens": 8}
+_TEXT = {"prompt": "Once upon a time", "max_tokens": 8}
+_EXAMPLES: dict[type[Body], dict[str, Any]] = {
+    ChatRequest: {"whole": _CHAT, "stream": {**_CHAT, "stream": True}},
+    CompletionRequest: {"whole": _TEXT, "stream": {**_TEXT, "stream": True}, "scores": {**_TEXT, "prompt_logprobs": 1}},
+    TokenizeTextRequest: {"text": {"prompt": "Hello!"}},
+    TokenizeChatRequest: {"chat": {"messages": _QUESTION}},
+    DetokenizeRequest: {"ids": {"tokens": [65, 66]}},
+}
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}, "description": "The answer; as server-sent events with `stream`."}
+}
+
 _READING = (401, 404)
 _POSTING = (400, 401, 404, 413, 415, 429, 500, 503)
 
@@ -49,7 +70,9 @@ def body_of(*models: type[Body]) -> dict[str, Any]:
     """The declared body of a route whose handler parses it."""
     references = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in models]
     schema = references[0] if len(references) == 1 else {"anyOf": references}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    shown = {name: {"value": value} for model in models for name, value in _EXAMPLES[model].items()}
+    content = {"application/json": {"schema": schema, "examples": shown}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def describe(app: FastAPI, *models: type[Body]) -> None:

@@ -35,6 +35,20 @@ def expect_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None
         assert part in lines[0], lines[0]
 
 
+def test_a_port_that_is_none(tmp_path: Path) -> None:
+    command = [POLYLOGIT, "serve", tmp_path / "any.yaml", "--port", "99999"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].endswith("argument --port: 99999 is no port from 0 to 65535")
+
+
+def test_a_directory_too_deep_for_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tmp_path / ("x" * 90)
+    deep.mkdir()
+    monkeypatch.setenv("TMPDIR", str(deep))
+    expect_one_line(run("serve", {**demo.configuration(), "http": {"port": 0}}, tmp_path), str(deep), "TMPDIR")
+
+
 @pytest.fixture(params=["check", "serve"])
 def command(request: pytest.FixtureRequest) -> str:
     return request.param
