@@ -34,6 +34,7 @@ _MOST_COUNTS = {
     "minLength": 1_000_000,
     "maxLength": 1_000_000,
 }
+_TEXT = f"TEXT: /(.|\\n)*/ & ~/(.|\\n)*{OPEN}(.|\\n)*/"  # without the tag that begins a call
 _ANY_OBJECT: Schema = {"type": "object"}
 _NO_ARGUMENTS: Schema = {"type": "object", "properties": {}, "additionalProperties": False}
 # On one line, at most one space after a separator: small models like to go on with white space for ever.
@@ -53,7 +54,8 @@ async def chat_grammar(request: ChatRequest) -> str | None:
     if request.forces_call:
         return await asyncio.to_thread(call_grammar, tools, parallel=parallel)
     if not wanted.constrains:
-        return None
+        free = tools and not request.ignore_eos
+        return await asyncio.to_thread(call_or_text_grammar, tools, parallel=parallel) if free else None
     if tools:
         return await asyncio.to_thread(call_or_json_grammar, tools, wanted.definition, parallel=parallel)
     return await asyncio.to_thread(json_grammar, wanted.definition)
@@ -74,14 +76,51 @@ def call_or_json_grammar(tools: Sequence[Function], schema: Schema | None, *, pa
     return _valid(f"start: answer | calls\nanswer: {_json(schema, _ANSWER)}\n{_calls(tools, parallel)}", _ANSWER)
 
 
+def call_or_text_grammar(tools: Sequence[Function], *, parallel: bool) -> str | None:
+    """Any text, but where it begins a call, the call is one of `tools`. A schema that cannot be followed stands for any
+    object, unless its tool is `strict`: then raises BadRequest. None if there is too much of it."""
+    lines = ["start: call* text" if parallel else "start: call | text", "text: TEXT", _TEXT, _choice(tools)]
+    for index, tool in enumerate(tools):
+        head, tail = _around(tool)
+        lines.append(f"call_{index}: head_{index} arguments_{index} {tail}")
+        lines.append(f"head_{index}[lazy]: TEXT {head}")
+        lines.append(f"arguments_{index}: {_followable(tool)}")
+    grammar = "\n".join(lines) + "\n"
+    if len(grammar) > MOST_CHARACTERS and not any(tool.strict for tool in tools):
+        return None
+    return _valid(grammar, _TOOLS)
+
+
+def _followable(tool: Function) -> str:
+    """A rule's right side: the tool's arguments, or any object."""
+    try:
+        rule = _json(_arguments(tool), _TOOLS)
+        _valid(f"start: {rule}\n", _TOOLS)
+    except BadRequest:
+        if tool.strict:
+            raise
+        return _json(_ANY_OBJECT, _TOOLS)
+    return rule
+
+
+def _choice(tools: Sequence[Function]) -> str:
+    return f"call: {' | '.join(f'call_{index}' for index in range(len(tools)))}"
+
+
+def _around(tool: Function) -> tuple[str, str]:
+    """What stands before and after a call's arguments."""
+    head, tail = f'{OPEN}\n{{"name": {json.dumps(tool.name)}, "arguments": ', f"}}\n{CLOSE}"
+    return json.dumps(head), json.dumps(tail)
+
+
 def _calls(tools: Sequence[Function], parallel: bool) -> str:
     lines = [
         'calls: call ("\\n" call)*' if parallel else "calls: call",
-        f"call: {' | '.join(f'call_{index}' for index in range(len(tools)))}",
+        _choice(tools),
     ]
     for index, tool in enumerate(tools):
-        head, tail = f'{OPEN}\n{{"name": {json.dumps(tool.name)}, "arguments": ', f"}}\n{CLOSE}"
-        lines.append(f"call_{index}: {json.dumps(head)} arguments_{index} {json.dumps(tail)}")
+        head, tail = _around(tool)
+        lines.append(f"call_{index}: {head} arguments_{index} {tail}")
         lines.append(f"arguments_{index}: {_json(_arguments(tool), _TOOLS)}")
     return "\n".join(lines) + "\n"
 

@@ -110,7 +110,8 @@ class ResponseFormat(Body):
 
 
 class Function(Body):
-    """`strict` has no effect of its own: where a call is forced, its arguments match `parameters` anyway."""
+    """A call's arguments match `parameters`. Where the model decides whether to call, parameters that no grammar can
+    describe stand for any object, unless `strict`."""
 
     name: FunctionName
     description: str | None = None

@@ -8,6 +8,7 @@ import os
 import runpy
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,7 +93,8 @@ def test_the_choice_task_agrees_with_prompt_logprobs(demo_server: Served, tmp_pa
     where = f"base_url={demo_server.url}/v1/completions,model={MODEL},tokenizer={demo.model('math')},num_concurrent=16"
     found = harness(tmp_path, "polylogit_choice", "local-completions", where)
     rows = choice_rows()
-    right = sum(best(demo_server, row) == row["right"] for row in rows)
+    with ThreadPoolExecutor(16) as pool:
+        right = sum(pool.map(lambda row: best(demo_server, row) == row["right"], rows))
     assert len(rows) == 40 and right > 10
     assert found["acc,none"] == pytest.approx(right / len(rows))
 

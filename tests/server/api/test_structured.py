@@ -211,8 +211,30 @@ async def test_a_call_or_an_answer_in_json(hermes: Served, vocabulary: LLTokeniz
     assert not accepts(vocabulary, grammar, "text")
 
 
-async def test_left_to_the_model_there_is_no_grammar(hermes: Served) -> None:
-    for choice in ({}, {"tool_choice": "auto"}, {"tool_choice": "none"}):
+@pytest.mark.parametrize("parallel", [True, False])
+async def test_left_to_the_model_what_it_begins_as_a_call_is_one(
+    hermes: Served, vocabulary: LLTokenizer, parallel: bool
+) -> None:
+    grammar = (await submitted(hermes, tools=TOOLS, tool_choice="auto", parallel_tool_calls=parallel)).grammar
+    for text in ("", "Grüße,\n<tool>", "a <tool_", ADD, f"First: {NOW}", NOW):
+        assert accepts(vocabulary, grammar, text), text
+    for text in ("<tool_call>", "a <tool_call>b", ADD.replace("5", "10"), ADD.replace("add", "sub"), ADD[:-1]):
+        assert not accepts(vocabulary, grammar, text), text
+    assert accepts(vocabulary, grammar, f"{ADD}\n{NOW} and so on") is parallel
+
+
+async def test_left_to_the_model_a_schema_that_cannot_be_followed_is_any_object(
+    hermes: Served, vocabulary: LLTokenizer
+) -> None:
+    tool = {"name": "add", "parameters": {"type": "object", "not": {"required": ["n"]}}}
+    grammar = (await submitted(hermes, tools=[{"type": "function", "function": tool}])).grammar
+    assert accepts(vocabulary, grammar, ADD) and not accepts(vocabulary, grammar, ADD.replace("5", ""))
+    strict = {"type": "function", "function": {**tool, "strict": True}}
+    assert (await hermes.chat(tools=[strict])).json()["error"]["param"] == "tools"
+
+
+async def test_without_a_choice_there_is_no_grammar(hermes: Served) -> None:
+    for choice in ({"tool_choice": "none"}, {"ignore_eos": True}):
         hermes.fake.reset()
         assert (await submitted(hermes, tools=TOOLS, **choice)).grammar is None
 
