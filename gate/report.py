@@ -28,9 +28,10 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The row under test against the best other row of each column."""
+    """The row under test against the best of some other rows, column by column."""
 
     label: str
+    others: str  # which rows these are, in words
     best: dict[str, str]  # column -> the other row with the highest accuracy
     difference: dict[str, Estimate]  # paired, in shares
     apart: dict[str, bool]  # whether the two rows' own intervals do not overlap
@@ -68,11 +69,12 @@ def compare(table: Table, label: str, against: Sequence[str] = ()) -> Comparison
         best[column] = max(others, key=lambda name: table.cells[name][column].mean)
         difference[column] = table.bootstrap.difference(table.right[label], table.right[best[column]])[column]
         apart[column] = not table.cells[label][column].overlaps(table.cells[best[column]][column])
-    return Comparison(label, best, difference, apart)
+    named = ", ".join(against) if against else "all other rows"
+    return Comparison(label, named, best, difference, apart)
 
 
-def markdown(table: Table, comparison: Comparison | None = None) -> str:
-    """The table, a note on the intervals, and the comparison."""
+def markdown(table: Table, comparisons: Sequence[Comparison] = ()) -> str:
+    """The table, a note on the intervals, and the comparisons."""
     lines = _grid(["model", *table.columns], [_row(table, label) for label in table.cells])
     counts = {domain: table.bootstrap.count(domain) for domain in table.bootstrap.domains}
     numbers = ", ".join(f"{count} {domain}" for domain, count in counts.items())
@@ -81,7 +83,7 @@ def markdown(table: Table, comparison: Comparison | None = None) -> str:
         f"Share of right answers and its {CONFIDENCE:.0%} interval: percentile bootstrap over prompts ({numbers}), "
         f"{RESAMPLES:,} resamples; exact binomial where all answers of a cell are right, or all wrong.",
     ]
-    if comparison:
+    for comparison in comparisons:
         lines += ["", *_comparison_lines(comparison)]
     return "\n".join(lines) + "\n"
 
@@ -128,8 +130,8 @@ def _comparison_lines(comparison: Comparison) -> list[str]:
         ]
         for column, d in comparison.difference.items()
     ]
-    title = f"{comparison.label} minus the best other row, paired by prompt"
-    return [f"**{title}**", "", *_grid(["prompts", "best other", "difference", "intervals apart"], rows)]
+    title = f"**{comparison.label}** minus the best of {comparison.others}; paired by prompt:"
+    return [title, "", *_grid(["prompts", "best of these", "difference", "intervals apart"], rows)]
 
 
 def _yes(value: bool) -> str:

@@ -160,8 +160,8 @@ def _run_report(options: argparse.Namespace) -> int:
     from gate import report
 
     table = report.tabulate(report.join(options.results), options.seed)
-    comparison = report.compare(table, options.compare, options.against) if options.compare else None
-    text = report.markdown(table, comparison)
+    comparisons = [report.compare(table, options.compare, options.against)] if options.compare else []
+    text = report.markdown(table, comparisons)
     if options.markdown:
         options.markdown.parent.mkdir(parents=True, exist_ok=True)
         options.markdown.write_text(text, encoding="utf-8")

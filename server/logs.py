@@ -1,7 +1,7 @@
 """Log lines: for people (text), or one JSON object a line. Every process of a deployment writes the same form, with its
 name; what libraries write past `logging` (C++, progress bars) is wrapped by the supervisor, so that JSON stays JSON.
 
-A line written while a request is served carries its id. Prompts, answers and keys are never logged, at no level.
+A line written while a request is served carries its id. Nothing here or elsewhere logs prompts, answers or keys.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ folder and is not run again; after an interruption the same call goes on. Nothin
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,7 @@ FULL = list(FAMILIES)[-1]
 REFINEMENT_STEPS = 40
 RESPONSES = (50, 200, 1000, 5000)
 POLICIES = ("uniform", "uniform-prob", "product", "entropy", "confidence", "perplexity")
+FUSIONROUTE = ["FusionRoute, its router alone", "FusionRoute, routing only", "FusionRoute"]
 MERGING = ("linear", "task-arithmetic", "ties", "dare", "dare-ties")
 NAME = "polylogit-demo"
 ANSWER_TOKENS = "24"
@@ -110,20 +112,23 @@ class Experiment:
         )  # fmt: skip
 
     def train(self, name: str) -> None:
-        refined = [
-            "--refine-steps", REFINEMENT_STEPS, "--prompts", self.prompts / "train.jsonl", "--grader", "exact",
-            "--max-tokens", ANSWER_TOKENS,
-        ]  # fmt: skip
-        self._train(self.gate(name), [*FAMILIES[name], *(refined if name.endswith("refinement") else [])])
+        drawn: list[object] = [
+            "--prompts",
+            self.prompts / "train.jsonl",
+            "--grader",
+            "exact",
+            "--max-tokens",
+            ANSWER_TOKENS,
+        ]
+        refined = ["--refine-steps", REFINEMENT_STEPS, *drawn] if name.endswith("refinement") else []
+        self._train(self.gate(name), [*FAMILIES[name], *refined])
 
     def train_few(self, count: int) -> None:
         self._train(self.gate(_few(count)), [*FAMILIES["gate, both"], "--responses", count])
 
     def _train(self, output: Path, settings: list[object]) -> None:
-        self.polylogit(
-            "train", self.config("demo"), "--traces", self.work / "traces", "--output", output, "--seed", self.seed,
-            *settings,
-        )  # fmt: skip
+        traces = ["--traces", self.work / "traces"]
+        self.polylogit("train", self.config("demo"), *traces, "--output", output, "--seed", self.seed, *settings)
 
     def remove_inputs(self) -> None:
         for removed in ("topk", "hidden", "state"):
@@ -165,12 +170,8 @@ class Experiment:
         self.evaluate("merged", "test.jsonl", "merged", {name: f"merged, {name}" for name in self.merging()})
 
     def evaluate_fusionroute(self) -> None:
-        rows = {
-            "router": "FusionRoute's router alone",
-            "routing-only": "FusionRoute, routing only",
-            "fusionroute": "FusionRoute",
-        }
-        self.evaluate("fusionroute", "test.jsonl", "fusionroute", rows)
+        rows = zip(("router", "routing-only", "fusionroute"), FUSIONROUTE, strict=True)
+        self.evaluate("fusionroute", "test.jsonl", "fusionroute", dict(rows))
 
     def route(self) -> None:
         self.module(
@@ -180,14 +181,9 @@ class Experiment:
         )  # fmt: skip
 
     def write_tables(self) -> None:
-        order = [
-            *EXPERTS,
-            "oracle routing",
-            "learned routing",
-            *POLICIES,
-            *(f"merged, {name}" for name in self.merging()),
-        ]
-        order += ["FusionRoute, routing only", "FusionRoute's router alone", "FusionRoute", *FAMILIES]
+        merged = [f"merged, {name}" for name in self.merging()]
+        baselines = [*EXPERTS, "oracle routing", "learned routing", *POLICIES, *merged]
+        order = [*baselines, *FUSIONROUTE, *FAMILIES]
         order += [_without(removed) for removed in ("topk", "hidden", "state")]
         files = ["policies", "routing", "merged", "fusionroute", *(_file(label) for label in self.gates())]
         tables.write(
@@ -195,7 +191,7 @@ class Experiment:
             self.report,
             order=order,
             gate=FULL,
-            against=order[: order.index("FusionRoute, routing only")],
+            against=[baselines, FUSIONROUTE],
             efficiency={_few(count): count for count in RESPONSES},
         )
         for name in ("commands.txt", "times.json"):
@@ -250,7 +246,7 @@ class Experiment:
 
     def command(self, shown: str, program: list[str], arguments: tuple[object, ...]) -> None:
         words = [str(argument) for argument in arguments]
-        line = " ".join([shown, *(f"'{word}'" if " " in word else word for word in words)])
+        line = f"{shown} {shlex.join(words)}"
         with (self.work / "commands.txt").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         print(line, flush=True)

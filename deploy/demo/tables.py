@@ -7,17 +7,23 @@ from gate.evaluate import Results, save_results
 
 
 def write(
-    files: list[Path], folder: Path, *, order: list[str], gate: str, against: list[str], efficiency: dict[str, int]
+    files: list[Path],
+    folder: Path,
+    *,
+    order: list[str],
+    gate: str,
+    against: list[list[str]],
+    efficiency: dict[str, int],
 ) -> None:
     """table.{md,png} with the rows of `order`, data-efficiency.{md,png}, and results.json with every answer.
 
-    `gate`: the row compared with the best of `against`. `efficiency`: row -> number of graded responses.
+    `gate`: the row compared with the best of each group of `against`. `efficiency`: row -> number of graded responses.
     """
     results = report.join(files)
     save_results(results, folder / "results.json")
     table = report.tabulate(_rows(results, order))
-    comparison = report.compare(table, gate, against)
-    (folder / "table.md").write_text(report.markdown(table, comparison), encoding="utf-8")
+    comparisons = [report.compare(table, gate, group) for group in against]
+    (folder / "table.md").write_text(report.markdown(table, comparisons), encoding="utf-8")
     report.plot(table, folder / "table.png")
     few = report.tabulate(_rows(results, [*efficiency]))
     (folder / "data-efficiency.md").write_text(report.markdown(few), encoding="utf-8")

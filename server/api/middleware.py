@@ -19,7 +19,7 @@ from server.api import playground
 from server.api.account import Account
 from server.api.faults import UnsupportedMedia, error_response
 from server.api.reply import ClientGone
-from server.api.tracing import Tracing
+from server.api.tracing import RequestTrace, Tracing
 from server.errors import BodyTooLarge, GenerationFailed, Unauthorized
 from server.logs import REQUEST_ID, fields
 from server.metrics import ApiMetrics
@@ -45,7 +45,7 @@ class Observed:
             return
         visit = _Visit(scope, send)
         REQUEST_ID.set(visit.request_id)
-        trace = scope["state"]["trace"] = self._tracing.start(scope) if self._tracing else None
+        trace = visit.trace = scope["state"]["trace"] = self._tracing.start(scope) if self._tracing else None
         self._metrics.in_flight += 1
         try:
             await self._serve(visit, receive)
@@ -82,6 +82,7 @@ class _Visit:
         given = _header(scope, b"x-request-id")
         self.request_id = given.decode() if _REQUEST_ID.match(given) else uuid.uuid4().hex
         self.account = Account()
+        self.trace: RequestTrace | None = None
         scope.setdefault("state", {}).update(request_id=self.request_id, account=self.account)
 
     async def send(self, message: Message) -> None:
@@ -121,6 +122,7 @@ class _Visit:
             completion_tokens=usage and usage.completion_tokens,
             finish_reasons=account.finish_reasons or None,
             error=account.error,
+            trace_id=self.trace and self.trace.trace_id,
         )
 
 

@@ -117,6 +117,11 @@ class RequestTrace:
         self._experts = experts
         self._started = started
 
+    @property
+    def trace_id(self) -> str:
+        """As W3C writes it."""
+        return f"{self._span.get_span_context().trace_id:032x}"
+
     def timed(self, sequences: list[SequenceRequest]) -> list[SequenceRequest]:
         """The sequences, the first of them marked so that the coordinator says when what happened to them."""
         marked = [replace(sequence, timed=True) for sequence in sequences[:_MOST_SEQUENCES]]

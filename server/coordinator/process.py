@@ -51,9 +51,9 @@ API_SOCKET = "api"
 CONTROL_SOCKET = "control"
 
 _IDLE_SECONDS = 1.0
-_log = logging.getLogger("polylogit.coordinator")
 _DIAL_SECONDS = 0.1
 """How often is looked whether a worker on another host was reached."""
+_log = logging.getLogger("polylogit.coordinator")
 
 
 def run(config: Config, directory: Path) -> None:

@@ -80,6 +80,8 @@ class Door:
 
     def close(self) -> None:
         """End the conversation and let nobody in any more."""
+        if self._closed:
+            return
         self._closed = True
         with contextlib.suppress(OSError):  # not yet opened
             self._listener.shutdown(socket.SHUT_RDWR)

@@ -250,6 +250,31 @@ async def test_a_seed_gives_the_same_text_alone_and_in_a_crowd(server: Served) -
     assert len(set(together)) > 8
 
 
+# --- the playground ---
+
+
+@needs_chromium
+def test_playground(server: Served) -> None:
+    """In a real browser over real engines: every answer is its own model's, tokens are of the expert alone."""
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page()
+        page.goto(server.url)
+        page.select_option("#beside", "*")
+        page.fill("#prompt", QUESTION[0]["content"])
+        page.press("#prompt", "Enter")
+        expect(page.locator(".turn")).to_have_attribute("data-done", "", timeout=60_000)
+        texts = [
+            "".join(answer.locator(".token:not(.unsaid)").all_inner_texts()) for answer in page.locator(".answer").all()
+        ]
+        models = ["demo", *(f"demo:{name}" for name in demo.EXPERTS)]
+        assert texts == [text_of(server, model=model, max_tokens=256) for model in models]
+        for index in range(3):
+            last = page.locator(".answer").nth(index + 1).locator(".token").last
+            assert f"colour-{index} " in f"{last.get_attribute('class')} "
+        browser.close()
+
+
 # --- what stands around the answers ---
 
 
@@ -327,28 +352,3 @@ def test_sigterm_lets_a_running_answer_finish(server: Served) -> None:
     assert chunks[-1].choices[0].finish_reason == "length"
     assert server.ended() == 0, server.errors()[-2000:]
     assert not server.left_behind()
-
-
-# --- the playground ---
-
-
-@needs_chromium
-def test_playground(server: Served) -> None:
-    """In a real browser over real engines: every answer is its own model's, tokens are of the expert alone."""
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page()
-        page.goto(server.url)
-        page.select_option("#beside", "*")
-        page.fill("#prompt", QUESTION[0]["content"])
-        page.press("#prompt", "Enter")
-        expect(page.locator(".turn")).to_have_attribute("data-done", "", timeout=60_000)
-        texts = [
-            "".join(answer.locator(".token:not(.unsaid)").all_inner_texts()) for answer in page.locator(".answer").all()
-        ]
-        models = ["demo", *(f"demo:{name}" for name in demo.EXPERTS)]
-        assert texts == [text_of(server, model=model, max_tokens=256) for model in models]
-        for index in range(3):
-            last = page.locator(".answer").nth(index + 1).locator(".token").last
-            assert f"colour-{index} " in f"{last.get_attribute('class')} "
-        browser.close()

@@ -59,6 +59,7 @@ def test_each_request_has_its_line(observed: tuple[str, list[Span]]) -> None:
     assert first["completion_tokens"] == 4 and first["model"] == "demo:math"  # 171 and the end
     assert stream["outcome"] == "ok" and stream["seconds"] > 0
     assert refused["error"] == "model_not_found"
+    assert {line["trace_id"] for line in (first, stream)} < {span.trace_id.hex() for span in observed[1]}
 
 
 def test_no_prompt_and_no_key_in_what_is_written(observed: tuple[str, list[Span]]) -> None:

@@ -140,7 +140,7 @@ def test_table_and_comparison(tmp_path):
     assert comparison.best["text"] == "text"
     assert comparison.difference["all"].mean == 0.5
     assert (comparison.apart["math"], comparison.apart["all"]) == (False, True)
-    text = markdown(table, comparison)
+    text = markdown(table, [comparison])
     assert "| gate | 1.000 [0.83, 1.00] | 1.000 [0.83, 1.00] | 1.000 [0.91, 1.00] |" in text
     assert "| all | math | +0.500 [+0.50, +0.50] | yes |" in text
     with pytest.raises(EvaluationError, match="no row is named 'gat'"):

@@ -47,7 +47,8 @@ def test_tables_hold_every_row_that_was_asked_for(tmp_path, monkeypatch):
     table = (made.report / "table.md").read_text()
     shown = {label for name, labels in files.items() if name != "train-experts" for label in labels}
     assert all(f"| {label} |" in table for label in shown if not label.endswith("responses"))
-    assert f"**{FULL} minus the best other row" in table
+    assert f"**{FULL}** minus the best of math, text, chat, oracle routing" in table
+    assert f"**{FULL}** minus the best of FusionRoute, its router alone" in table
     assert "1000 responses" in (made.report / "data-efficiency.md").read_text()
     assert "torch" in json.loads((made.report / "versions.json").read_text())
     assert {path.name for path in made.report.glob("*.png")} == {"table.png", "data-efficiency.png"}

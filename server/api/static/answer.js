@@ -64,7 +64,7 @@ export class Answer {
 
   // Ended by an error or by the reader. What has arrived stays.
   fail(message, stopped = false) {
-    if (!this.tokens.length) this.bar.node.hidden = true;
+    if (!this.tokens.length) this.bar.node.hidden = this.text.hidden = true;
     if (stopped) this.#end("stopped");
     else {
       this.#end(this.tokens.length ? "not complete" : "");

@@ -13,9 +13,14 @@ const EVERY_EXPERT = "*";
 
 const $ = (id) => document.getElementById(id);
 const inspector = new Inspector($("inspector"), $("spoken"));
-const turns = []; // {prompt, texts: model -> answer, first: model}
+const turns = []; // {prompt, texts: model -> its answer, if it gave any}
 let known = null; // what GET /playground/deployment says
 let running = null; // AbortController
+let refused = null; // the key, perhaps empty, that was not accepted
+
+function key() {
+  return $("key").value.trim();
+}
 
 function notice(message) {
   $("notice").textContent = message;
@@ -28,15 +33,16 @@ async function look() {
   const { state, text } = await readiness();
   if ($("state").textContent !== text) $("state").textContent = text;
   $("state").dataset.state = state;
-  if (!known && state !== "down") await learn();
+  if (!known && state !== "down" && refused !== key()) await learn();
   setTimeout(look, (state === "ready" ? READY_SECONDS : LOADING_SECONDS) * 1000);
 }
 
 async function learn() {
   try {
-    known = await deployment($("key").value.trim());
+    known = await deployment(key());
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;
+    if (error.status === 401) refused = key();
     notice(error.status === 401 ? "This server needs an API key: enter it in the settings." : error.message);
     return;
   }
@@ -102,13 +108,14 @@ async function send(prompt) {
   showRunning(false);
   node.dataset.done = "";
   if (!node.isConnected) return clear(); // a new chat was begun meanwhile
-  turns.push({ prompt, first: models[0], texts: new Map(models.map((model, index) => [model, answers[index].content])) });
+  const texts = models.map((model, index) => [model, answers[index].content]).filter(([, text]) => text);
+  if (texts.length) turns.push({ prompt, texts: new Map(texts) });
   $("spoken").textContent = answers.map((answer, index) => `${label(models[index])}: ${answer.content}`).join(". ");
 }
 
 async function run(answer, body, signal, node) {
   try {
-    for await (const chunk of chat(body, $("key").value.trim(), signal)) {
+    for await (const chunk of chat(body, key(), signal)) {
       if (chunk.choices.length) answer.take(chunk.choices[0]);
       follow(node);
     }
@@ -128,7 +135,7 @@ function chosenModels() {
 function request(model, prompt) {
   const messages = turns.flatMap((turn) => [
     { role: "user", content: turn.prompt },
-    { role: "assistant", content: turn.texts.get(model) ?? turn.texts.get(turn.first) },
+    { role: "assistant", content: turn.texts.get(model) ?? turn.texts.values().next().value },
   ]);
   if ($("system").value.trim()) messages.unshift({ role: "system", content: $("system").value });
   const body = {

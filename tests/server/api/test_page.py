@@ -185,6 +185,11 @@ async def test_refused_request(api: Served, page: Page) -> None:
     await ask(page)
     await answered(page)
     await expect(page.locator(".answer .notice")).to_contain_text("context")
+    await page.fill("#system", "")
+    await ask(page, "Shorter")
+    await answered(page)
+    (sent,) = api.fake.submitted
+    assert bytes(token for token in sent.prompts[0] if token < 256) == b"Shorter"  # what was refused is no turn
 
 
 async def test_error_in_the_middle(api: Served, page: Page) -> None:

@@ -32,6 +32,7 @@ from server.messages import (
     FromSupervisor,
     GetStats,
     Progress,
+    RemoteNote,
     RestartExpert,
     Stats,
     Status,
@@ -55,7 +56,8 @@ SECONDS = 20.0
 
 class Deployment:
     """What the coordinator told the api: `tokens`, `choices`, `cached`, `timings`, `ended` (in order of arrival),
-    `statuses`. `expert`: further configuration of some of them."""
+    `statuses`; the supervisor, of experts on other hosts: `notes`. `expert`: further configuration of some of them. Who
+    runs an expert with an `address` is the test."""
 
     def __init__(
         self,
@@ -88,6 +90,7 @@ class Deployment:
         self.traces: list[Trace] = []
         self._answers: list[ToApi] = []
         self.restarts: list[RestartExpert] = []
+        self.notes: list[str] = []
         self.drained = False
         self._terminal: Counter[int] = Counter()
         self._submitted: set[int] = set()
@@ -107,8 +110,9 @@ class Deployment:
         self._control: Channel[ToSupervisor, FromSupervisor] = Channel(
             endpoint(self._directory, "control"), ToSupervisor, bind=False
         )
-        for expert in range(len(self.engines)):
-            self.start(expert)
+        for index, expert in enumerate(self.config.experts):
+            if expert.address is None:
+                self.start(index)
         try:
             self.until(lambda: self._ready)
         except BaseException:
@@ -242,6 +246,8 @@ class Deployment:
                 self._ready = True
             case RestartExpert():
                 self.restarts.append(order)
+            case RemoteNote(message=message):
+                self.notes.append(message)
             case Drained():
                 self.drained = True
 

@@ -8,13 +8,13 @@ import json
 import socket
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from server.config import Config
 from server.errors import EngineError
 from server.expert.process import serve_visitors
 from server.expert.worker import Worker
-from server.messages import RemoteNote, ToExpert, ToSupervisor
+from server.messages import ToExpert
 from server.remote.agreement import Terms, facts
 from server.remote.door import Door
 from server.supervisor import bound
@@ -161,7 +161,7 @@ def free_port() -> int:
 
 
 class TwoHosts(Deployment):
-    """Expert a here, expert b on another host, by a `Way`. `notes`: what is said of b. `host`: the one that another
+    """Expert a here, expert b on another host, by a `Way`. `host`: the one that another
     deployment has kept."""
 
     def __init__(
@@ -169,7 +169,6 @@ class TwoHosts(Deployment):
     ) -> None:
         write_models(directory)
         (directory / "key").write_bytes(KEY)
-        self.notes: list[str] = []
         self._kept = host
         self._port = free_port() if host is None else host.port
         self.way = Way(self._port)
@@ -209,10 +208,9 @@ class TwoHosts(Deployment):
         self.until(lambda: not host.is_alive())
         self._workers[expert] = None
 
-    def _note_order(self, order: ToSupervisor) -> None:
-        super()._note_order(order)
-        if isinstance(order, RemoteNote):
-            self.notes.append(order.message)
+    def __enter__(self) -> Self:
+        self.start(1)
+        return super().__enter__()
 
     def _close(self) -> bool:
         if self._workers[1] is not None:
