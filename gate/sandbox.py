@@ -137,9 +137,10 @@ class Sandbox:
         }
 
     def _end(self, child: subprocess.Popen[bytes], user: int) -> None:
-        """Kill everything that the run started."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(child.pid, signal.SIGKILL)
+        """Kill everything that the run started. With the first process of a namespace go all others in it."""
+        for kill, number in [(os.kill, first) for first in _children(child.pid)] + [(os.killpg, child.pid)]:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                kill(number, signal.SIGKILL)
         child.wait()
         for pipe in (child.stdin, child.stdout):
             if pipe is not None:
@@ -164,6 +165,16 @@ def _verdict(child: subprocess.Popen[bytes], job: bytes, seconds: float) -> byte
         if not (piece := os.read(stdout.fileno(), 64)):
             break
         found += piece
+    return found
+
+
+def _children(parent: int) -> list[int]:
+    """The processes whose parent is `parent`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(entry.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(entry.parent.name))
     return found
 
 

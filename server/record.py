@@ -97,6 +97,8 @@ def record(options: argparse.Namespace) -> int:
     check_gradable(plan.rows, grader)
     gate = None if options.gate is None else load_gate(config, options.gate)
     texts = Texts(config)
+    for row, given in zip(plan.rows, plan.given, strict=True):
+        texts.check(row, [text for _, text in given])
     console = Console(stderr=True)
     if isolation := getattr(grader, "isolation", None):
         console.print(f"code runs in a sandbox: {isolation}", highlight=False)

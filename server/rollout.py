@@ -83,6 +83,16 @@ class Texts:
         except BadRequest as error:
             raise StartError(f"prompt {row.get('id')!r}: {error.message}") from None
 
+    def check(self, row: dict[str, Any], responses: list[str]) -> None:
+        """Raises StartError if the prompt, or it with one of the responses, does not fit an expert's context."""
+        longest = max((len(self.response(text)) for text in responses), default=1)
+        for expert, prompt in zip(self._experts, self.prompts(row), strict=True):
+            if len(prompt) + longest > expert.max_model_len:
+                whole = f"{len(prompt)} tokens and a response of {longest}"
+                raise StartError(
+                    f"prompt {row['id']!r}: {whole}; expert {expert.name} has room for {expert.max_model_len}"
+                )
+
     def response(self, text: str) -> list[int]:
         """Token ids of a whole response, end token included."""
         return [*self._experts[0].tokenizer.encode_literally(text), self._end]

@@ -30,6 +30,7 @@ from server.config import Config, load_config
 from server.errors import ConfigError
 from server.recording import fingerprints, hidden_sizes, vocabulary_of
 from server.refinement import deployed_policy
+from server.rollout import Texts
 from server.training_log import TrainingLog
 
 _VALIDATION_PROMPTS = 200
@@ -46,7 +47,7 @@ def train(options: argparse.Namespace) -> int:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
     config = load_config(options.config)
     check(msgspec.structs.replace(config, gate=None))
-    samples = _samples(options)
+    samples = _samples(config, options)
     inputs = _inputs(options.inputs)
     manifest, records = _load(config, options.traces, hidden="hidden" in inputs)
     contract = _contract(config, options, inputs, manifest)
@@ -112,7 +113,7 @@ def _refine(
         refine(model, contract, policy, parts, settings, log.progress, seed=options.seed, report=report)
 
 
-def _samples(options: argparse.Namespace) -> tuple[list[dict[str, Any]], Grader] | None:
+def _samples(config: Config, options: argparse.Namespace) -> tuple[list[dict[str, Any]], Grader] | None:
     """What a refinement draws for: prompts and their grader; None without one."""
     if not options.refine_steps:
         if options.prompts is not None or options.grader is not None:
@@ -122,6 +123,9 @@ def _samples(options: argparse.Namespace) -> tuple[list[dict[str, Any]], Grader]
         raise ConfigError("--refine-steps needs --prompts and --grader")
     rows, grader = read_prompts(options.prompts), load_grader(options.grader)
     check_gradable(rows, grader)
+    texts = Texts(config)
+    for row in rows:
+        texts.check(row, [])
     return rows, grader
 
 

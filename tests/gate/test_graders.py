@@ -190,6 +190,19 @@ def test_a_daemon_does_not_outlive_its_run():
     assert not _named("polylogit_away")
 
 
+def test_code_that_turns_its_back_is_killed():
+    """It leaves its session and asks not to die with its parent."""
+    sandbox = Sandbox(Limits(seconds=1.0))
+    if not (sandbox.isolation.user or sandbox.isolation.namespaces):
+        pytest.skip("this system permits neither namespaces nor another user")
+    code = (
+        "import ctypes, os\nlibc = ctypes.CDLL(None)\nlibc.prctl(15, b'polylogit_back', 0, 0, 0)\nlibc.prctl(1, 0)\n"
+        "os.setsid()\nwhile True: pass"
+    )
+    assert not sandbox.passes(code, "")
+    assert not _named("polylogit_back")
+
+
 def test_no_network():
     sandbox = Sandbox(Limits(seconds=20.0))
     if not sandbox.isolation.namespaces:

@@ -1,0 +1,69 @@
+"""Traces in memory: what the shards hold, and one line for what cannot be used."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from gate import dataset, traces
+from gate.traces import MANIFEST, TraceError, shards
+from tests.gate.test_traces import MANIFEST as MADE
+from tests.gate.test_traces import response, written
+
+
+def test_all_shards_are_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(traces, "SHARD_BYTES", 1)
+    written(tmp_path, range(4))
+    assert len(shards(tmp_path)) == 4
+    manifest, found = dataset.load(tmp_path, hidden=True)
+    assert manifest == MADE
+    assert found.prompts == ["p0", "p0", "p1", "p1"]
+    assert found.rewards.tolist() == [0, 1, 0, 1]
+    again = dataset.from_responses(20, [response(task) for task in range(4)])
+    for name in ("topk_logprobs", "topk_ids", "tokens", "lengths", "rewards"):
+        assert torch.equal(getattr(found, name), getattr(again, name)), name
+    assert all(map(torch.equal, found.hidden, again.hidden))
+
+
+def test_hidden_states_are_read_only_when_wanted(tmp_path):
+    written(tmp_path, [0])
+    assert dataset.load(tmp_path, hidden=False)[1].hidden == []
+
+
+def damaged(path, **changes):
+    tensors = load_file(path) | changes
+    metadata = {"digest": traces.digest(tensors), "ids": '["p0", "p0"]'}
+    save_file(tensors, path, metadata)
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "truncated"),
+        (lambda path: path.write_bytes(b""), "truncated"),
+        (flip_a_bit, "damaged"),
+        (lambda path: damaged(path, topk_ids=np.zeros((6, 2, 5), np.int32)), "topk_ids has shape"),
+        (lambda path: path.unlink(), "no shards"),
+        (lambda path: (path.parent / MANIFEST).write_text('{"format_version": 1}'), "manifest"),
+    ],
+)
+def test_damage_is_one_line(tmp_path, harm, words):
+    written(tmp_path, [0, 1])
+    harm(shards(tmp_path)[0])
+    with pytest.raises(TraceError, match=words) as caught:
+        dataset.load(tmp_path, hidden=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_hidden_states_there_are_none_to_read(tmp_path):
+    import msgspec
+
+    written(tmp_path, [], msgspec.structs.replace(MADE, hidden_sizes=[]))
+    with pytest.raises(TraceError, match="without hidden states"):
+        dataset.load(tmp_path, hidden=True)
