@@ -60,10 +60,10 @@ class Progress:
     points: list[Point] = field(default_factory=list)
 
     def measure(self, model: GateModel, score: float) -> None:
-        """Keep the weights if they are the best so far."""
-        self.since += 1
-        if score > self.score:
-            self.score, self.since = score, 0
+        """Keep the weights if none were better so far."""
+        self.since = 0 if score > self.score else self.since + 1
+        if score >= self.score:
+            self.score = score
             self.best = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
 
     def keep(self, model: GateModel, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -8,15 +8,12 @@ import logging
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 from gate.errors import GateError
-from server import __version__, logs
+from server import __version__, logs, training
 from server.config import Logging
 from server.errors import PolylogitError
 from server.evaluation import Commands
-
-_GRADERS = "exact, numeric[:TOLERANCE], regex[:PATTERN], json, python[:SECONDS], or package.module:function"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,76 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     top.add_argument("--api-key-file", type=Path, metavar="FILE", help="instead of POLYLOGIT_API_KEY")
     top.set_defaults(run=_top)
 
-    _add_record(commands)
-    _add_train(commands)
+    training.add_commands(commands)
     Commands(commands).add()
     return parser
-
-
-def _add_record(commands: Any) -> None:
-    record = commands.add_parser("record", help="make graded responses for a gate to learn from")
-    record.add_argument("config", type=Path, metavar="FILE")
-    record.add_argument("--prompts", type=Path, required=True, help='JSON lines: "id", "messages", "answer", ...')
-    record.add_argument("--grader", required=True, help=_GRADERS)
-    record.add_argument("--output", type=Path, required=True, help="directory of the traces; goes on if some are there")
-    record.add_argument("--policies", help="comma-separated experts and policies (default: all that need no gate)")
-    record.add_argument("--gate", type=Path, help="also draw with this gate checkpoint")
-    record.add_argument("--answers", action="store_true", help='also score the prompts\' "answer"')
-    record.add_argument("--responses", type=Path, help='also score these: JSON lines of "id" and "response"')
-    record.add_argument("--samples", type=_positive, default=1, help="responses of each policy to each prompt")
-    record.add_argument("--temperature", type=float, default=1.0)
-    record.add_argument("--max-tokens", type=_positive, default=512, help="longer responses are cut and count as wrong")
-    record.add_argument("--limit", type=_positive, help="use only the first prompts")
-    record.add_argument("--no-hidden", dest="hidden", action="store_false", help="leave out hidden states")
-    record.add_argument("--seed", type=int, default=0)
-    record.set_defaults(run=_record)
-
-
-def _add_train(commands: Any) -> None:
-    train = commands.add_parser("train", help="train a gate on recorded responses")
-    train.add_argument("config", type=Path, metavar="FILE")
-    train.add_argument("--traces", type=Path, required=True, help="written by polylogit record")
-    train.add_argument("--output", type=Path, default=Path("gate.pt"), help="the checkpoint (default: %(default)s)")
-    train.add_argument("--inputs", default="topk,hidden", help="topk, hidden or both (default: %(default)s)")
-    train.add_argument("--state-size", type=int, default=0, help="of a recurrent state (default: none)")
-    train.add_argument("--projected-size", type=_positive, default=12, help="of each expert's projected hidden state")
-    train.add_argument("--space", choices=["logprob", "prob"], default="logprob")
-    train.add_argument("--updates", type=_positive, default=1000, help="most updates on recorded responses")
-    train.add_argument("--batch-size", type=_positive, default=128, help="responses an update")
-    train.add_argument("--rate", type=float, default=3e-3, help="learning rate on recorded responses")
-    train.add_argument("--negative-weight", type=float, default=0.02, help="of a wrong response's tokens")
-    train.add_argument("--validation", type=_share, default=0.1, help="share of the prompts held out")
-    train.add_argument("--responses", type=_positive, help="use only so many responses, drawn at random")
-    train.add_argument("--refine-steps", type=int, default=0, help="then learn from the gate's own samples")
-    train.add_argument("--prompts", type=Path, help="refinement: prompts to draw for")
-    train.add_argument("--grader", help=f"refinement: {_GRADERS}")
-    train.add_argument("--refine-prompts", type=_positive, default=32, help="refinement: prompts a step")
-    train.add_argument("--group", type=_several, default=8, help="refinement: samples a prompt")
-    train.add_argument("--refine-rate", type=float, default=1e-3, help="refinement: learning rate")
-    train.add_argument("--kl", type=float, default=0.01, help="refinement: weight of the divergence from the start")
-    train.add_argument("--temperature", type=float, default=1.0, help="refinement: of the samples")
-    train.add_argument("--max-tokens", type=_positive, default=512, help="refinement: longer samples count as wrong")
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--device", help="where to train (default: a GPU if there is one)")
-    train.set_defaults(run=_train)
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
-def _several(text: str) -> int:
-    if (value := int(text)) < 2:
-        raise argparse.ArgumentTypeError("must be at least 2")
-    return value
-
-
-def _share(text: str) -> float:
-    if not 0 <= (value := float(text)) < 1:
-        raise argparse.ArgumentTypeError("must be at least 0 and below 1")
-    return value
 
 
 def _port(text: str) -> int:
@@ -227,18 +157,6 @@ def _bench(options: argparse.Namespace) -> int:
     from server.bench import bench
 
     return bench(options)
-
-
-def _record(options: argparse.Namespace) -> int:
-    from server.record import record
-
-    return record(options)
-
-
-def _train(options: argparse.Namespace) -> int:
-    from server.train import train
-
-    return train(options)
 
 
 def _top(options: argparse.Namespace) -> int:

@@ -25,7 +25,7 @@ from gate.graders import Grader, load_grader
 from gate.prompts import PromptsError, check_gradable, read_prompts, read_rows
 from gate.traces import FORMAT_VERSION, Manifest, Response, TraceWriter
 from server.check import check
-from server.config import Config, load_config
+from server.config import Config
 from server.errors import ConfigError
 from server.policy import Gate, Policy, Single, needs_gate
 from server.recording import (
@@ -33,6 +33,7 @@ from server.recording import (
     hidden_sizes,
     load_gate,
     model_files,
+    read_config,
     recording_deployment,
     reward_of,
     seed_of,
@@ -90,7 +91,7 @@ class Plan:
 
 def record(options: argparse.Namespace) -> int:
     """Run the command with parsed options; the exit code."""
-    config = load_config(options.config)
+    config = read_config(options)
     check(msgspec.structs.replace(config, gate=None))
     grader = load_grader(options.grader)
     plan = _plan(config, options)

@@ -4,6 +4,7 @@ response; and what is written down of the experts and of each response.
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from gate.contract import CheckpointError, Contract, mismatches, vocabulary_hash
 from gate.graders import Grader
 from gate.recording import uniform_gate, wrap
 from gate.traces import Response
-from server.config import Config, GateConfig
+from server.config import Config, GateConfig, Logging, load_config
 from server.local import LocalDeployment
 from server.model_files import ModelFiles, fingerprint, read_model_files
 from server.rollout import Rollout, Texts
@@ -65,6 +66,16 @@ def load_gate(config: Config, path: Path) -> Inner:
     if problems:
         raise CheckpointError(f"{path}: {'; '.join(problems)}")
     return loaded.module, loaded.contract
+
+
+def read_config(options: argparse.Namespace) -> Config:
+    """The configuration of a command with a progress bar: its processes log what goes wrong, unless told otherwise.
+
+    Raises ConfigError.
+    """
+    config = load_config(options.config)
+    chosen = Logging(options.log_format or config.logging.format, options.log_level or "warning")
+    return msgspec.structs.replace(config, logging=chosen)
 
 
 def hidden_sizes(config: Config) -> list[int]:

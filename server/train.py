@@ -26,16 +26,16 @@ from gate.refine import Refinement, refine
 from gate.traces import MANIFEST, Manifest, TraceError, read_manifest
 from gate.train import Broadcast, TrainingError, fit, forward_microseconds, held_out, split
 from server.check import check
-from server.config import Config, load_config
+from server.config import Config
 from server.errors import ConfigError
-from server.recording import fingerprints, hidden_sizes, vocabulary_of
+from server.recording import fingerprints, hidden_sizes, read_config, vocabulary_of
 from server.refinement import deployed_policy
 from server.rollout import Texts
 from server.training_log import TrainingLog
 
 _VALIDATION_PROMPTS = 200
 """At most so many held-out prompts are answered to validate a refinement."""
-_NOT_SETTINGS = ("run", "log_level", "output", "device")
+_NOT_SETTINGS = ("run", "log_level", "log_format", "output", "device")
 
 Input = Literal["topk", "hidden"]
 
@@ -45,7 +45,7 @@ def train(options: argparse.Namespace) -> int:
     began = time.perf_counter()
     # Small tensors: threads beyond the cores that are free would wait for each other.
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
-    config = load_config(options.config)
+    config = read_config(options)
     check(msgspec.structs.replace(config, gate=None))
     samples = _samples(config, options)
     inputs = _inputs(options.inputs)
