@@ -102,11 +102,11 @@ def record(options: argparse.Namespace) -> int:
         texts.check(row, [text for _, text in given])
     console = Console(stderr=True)
     if isolation := getattr(grader, "isolation", None):
-        console.print(f"code runs in a sandbox: {isolation}", highlight=False)
+        console.print(f"code runs in a sandbox: {isolation}", highlight=False, soft_wrap=True)
     with closing(TraceWriter(options.output, _manifest(config, options, plan))) as writer:
         left = plan.size - len(writer.done)
         if not left:
-            console.print(f"{options.output}: all {plan.size} responses are there", highlight=False)
+            console.print(f"{options.output}: all {plan.size} responses are there", highlight=False, soft_wrap=True)
             return 0
         with (
             recording_deployment(config, _sizes(config, options.hidden), gate) as (deployment, _),

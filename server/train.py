@@ -73,7 +73,8 @@ def _fit(options: argparse.Namespace, model: GateModel, contract: Contract, reco
     right = float(records.rewards[parts[0]].mean())
     device = next(model.parameters()).device
     log.console.print(
-        f"{len(parts[0])} responses to train on ({100 * right:.0f}% right), {len(parts[1])} to validate on; on {device}"
+        f"{len(parts[0])} responses to train on ({100 * right:.0f}% right), {len(parts[1])} to validate on; on {device}",
+        soft_wrap=True,
     )
     settings = Broadcast(options.updates, options.batch_size, options.rate, options.negative_weight)
     with log.bar("recorded responses", settings.updates) as report:

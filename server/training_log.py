@@ -73,7 +73,7 @@ class TrainingLog:
             if old.get(key) != self._settings.get(key):
                 change = f"{key} was {old.get(key)}, is now {self._settings.get(key)}"
                 raise TrainingError(f"{self._state} is of another training: {change}; delete it to begin anew")
-        self.console.print(f"going on at {progress.phase} {progress.step}, from {self._state}")
+        self.console.print(f"going on at {progress.phase} {progress.step}, from {self._state}", soft_wrap=True)
         return progress
 
 

@@ -1,6 +1,7 @@
 """Each grader on right and wrong responses, and on code that tries to get away."""
 
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -175,7 +176,7 @@ def test_a_fork_bomb_leaves_nothing_behind():
     mark = "polylogit_bomb"
     bomb = f"import ctypes, os\nctypes.CDLL(None).prctl(15, b'{mark[:15]}', 0, 0, 0)\nwhile True: os.fork()"
     assert not sandbox.passes(bomb, "")
-    assert not _named(mark[:15])
+    assert not _stay(mark[:15])
 
 
 def test_a_daemon_does_not_outlive_its_run():
@@ -187,7 +188,7 @@ def test_a_daemon_does_not_outlive_its_run():
         "        ctypes.CDLL(None).prctl(15, b'polylogit_away', 0, 0, 0)\n        time.sleep(60)\n    os._exit(0)"
     )
     assert sandbox.passes(daemon, "")
-    assert not _named("polylogit_away")
+    assert not _stay("polylogit_away")
 
 
 def test_code_that_turns_its_back_is_killed():
@@ -200,7 +201,7 @@ def test_code_that_turns_its_back_is_killed():
         "os.setsid()\nwhile True: pass"
     )
     assert not sandbox.passes(code, "")
-    assert not _named("polylogit_back")
+    assert not _stay("polylogit_back")
 
 
 def test_no_network():
@@ -212,8 +213,16 @@ def test_no_network():
         assert not sandbox.passes(f"import socket; socket.create_connection(('127.0.0.1', {port}), timeout=5)", "")
 
 
+def _stay(name):
+    """Whether processes of this name still run after all time that a busy machine needs to end them."""
+    deadline = time.monotonic() + 10
+    while _named(name) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return _named(name)
+
+
 def _named(name):
-    """Processes of this name that still run."""
+    """Processes of this name that run now."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
