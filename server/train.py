@@ -72,10 +72,8 @@ def _fit(options: argparse.Namespace, model: GateModel, contract: Contract, reco
     parts = split(records, seed=options.seed, share=options.validation, most=options.responses)
     right = float(records.rewards[parts[0]].mean())
     device = next(model.parameters()).device
-    log.console.print(
-        f"{len(parts[0])} responses to train on ({100 * right:.0f}% right), {len(parts[1])} to validate on; on {device}",
-        soft_wrap=True,
-    )
+    sizes = f"{len(parts[0])} responses to train on ({100 * right:.0f}% right), {len(parts[1])} to validate on"
+    log.console.print(f"{sizes}; on {device}", soft_wrap=True)
     settings = Broadcast(options.updates, options.batch_size, options.rate, options.negative_weight)
     with log.bar("recorded responses", settings.updates) as report:
         fit(model, contract, records, parts, settings, log.progress, seed=options.seed, report=report)
