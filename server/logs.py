@@ -24,12 +24,25 @@ REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 
 def configure(logging_config: Logging, process: str) -> None:
-    """Have this process log to stderr. What it calls itself is `process`."""
-    handler = logging.StreamHandler(sys.stderr)
+    """Have this process log to stderr, in this way instead of an earlier one. What it calls itself is `process`."""
+    handler = _ToStderr()
     handler.setFormatter(JsonLines(process) if logging_config.format == "json" else TextLines(process))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)  # libraries: what goes wrong
+    root = logging.getLogger()
+    for earlier in [each for each in root.handlers if isinstance(each, _ToStderr)]:
+        root.removeHandler(earlier)
+    root.addHandler(handler)
+    root.setLevel(logging.WARNING)  # libraries: what goes wrong
     logging.getLogger("polylogit").setLevel(logging_config.level.upper())
-    logging.captureWarnings(True)
+
+
+class _ToStderr(logging.Handler):
+    """Writes to what `sys.stderr` is at the moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+        except Exception:
+            self.handleError(record)
 
 
 def fields(**values: Any) -> dict[str, Any]:

@@ -23,7 +23,6 @@ def _restored() -> Iterator[None]:
     root.handlers[:] = handlers
     root.setLevel(levels[0])
     own.setLevel(levels[1])
-    logging.captureWarnings(False)
 
 
 def line_of(capsys: pytest.CaptureFixture[str], **settings: str) -> str:
