@@ -57,7 +57,7 @@ class Experiment:
     def __init__(self, options: argparse.Namespace) -> None:
         self.seed: int = options.seed
         self.experts: Path = options.experts
-        self.base: Path | None = options.base
+        self.base: Path = options.base
         self.test_prompts: int = options.test
         self.work: Path = options.work or Path(f"build/experiment/seed-{options.seed}")
         self.report: Path = options.report or DEMO / f"report/seed-{options.seed}"
@@ -136,14 +136,13 @@ class Experiment:
             self.module("gate.ablate", "--gate", self.gate(FULL), "--remove", removed, "--output", output)
 
     def merge(self) -> None:
-        """Without the experts' base there is only the linear average."""
-        base = ["--base", self.base] if self.base else []
         self.module(
-            "gate.merge", *base, "--experts", *(self.experts / name for name in EXPERTS), "--methods", *self.merging(),
+            "gate.merge", "--base", self.base, "--experts", *(self.experts / name for name in EXPERTS),
+            "--methods", *MERGING,
             "--tune", self.prompts / "validation.jsonl", "--limit", 200, "--seed", self.seed,
             "--output", self.work / "merged",
         )  # fmt: skip
-        self.write_config("merged", {name: self.work / "merged" / name for name in self.merging()}, {"uniform": {}})
+        self.write_config("merged", {name: self.work / "merged" / name for name in MERGING}, {"uniform": {}})
 
     def ask_experts(self) -> None:
         self.evaluate("demo", "train.jsonl", "train-experts", {name: name for name in EXPERTS})
@@ -167,7 +166,7 @@ class Experiment:
         self.evaluate("demo", "test.jsonl", _file(label), {"gate": label}, gate=self.gate(label))
 
     def evaluate_merged(self) -> None:
-        self.evaluate("merged", "test.jsonl", "merged", {name: f"merged, {name}" for name in self.merging()})
+        self.evaluate("merged", "test.jsonl", "merged", {name: f"merged, {name}" for name in MERGING})
 
     def evaluate_fusionroute(self) -> None:
         rows = zip(("router", "routing-only", "fusionroute"), FUSIONROUTE, strict=True)
@@ -181,7 +180,7 @@ class Experiment:
         )  # fmt: skip
 
     def write_tables(self) -> None:
-        merged = [f"merged, {name}" for name in self.merging()]
+        merged = [f"merged, {name}" for name in MERGING]
         baselines = [*EXPERTS, "oracle routing", "learned routing", *POLICIES, *merged]
         order = [*baselines, *FUSIONROUTE, *FAMILIES]
         order += [_without(removed) for removed in ("topk", "hidden", "state")]
@@ -205,9 +204,6 @@ class Experiment:
 
     def gate(self, label: str) -> Path:
         return self.work / "gates" / f"{_file(label)}.pt"
-
-    def merging(self) -> tuple[str, ...]:
-        return MERGING if self.base else MERGING[:1]
 
     def config(self, name: str) -> Path:
         return self.work / f"{name}.yaml"
@@ -276,7 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of the prompts and of all training")
     parser.add_argument("--experts", type=Path, default=DEMO / "experts", help="folder of the three experts")
-    parser.add_argument("--base", type=Path, help="their common start; without it parameters are only averaged")
+    parser.add_argument("--base", type=Path, default=DEMO / "base", help="their common start, for merging")
     parser.add_argument("--test", type=int, default=200, help="test prompts a domain")
     parser.add_argument("--work", type=Path, help="default: build/experiment/seed-SEED")
     parser.add_argument("--report", type=Path, help="default: deploy/demo/report/seed-SEED")
