@@ -9,9 +9,9 @@ from gate.evaluate import Answers, Results, save_results
 DOMAINS = ["math", "mixed"] * 5
 
 
-def experiment(tmp_path, base="base"):
+def experiment(tmp_path):
     places = {"work": tmp_path / "work", "report": tmp_path / "report", "experts": tmp_path / "experts"}
-    options = argparse.Namespace(seed=7, base=tmp_path / base if base else None, test=5, **places)
+    options = argparse.Namespace(seed=7, base=tmp_path / "base", test=5, **places)
     return Experiment(options)
 
 
@@ -52,11 +52,6 @@ def test_tables_hold_every_row_that_was_asked_for(tmp_path, monkeypatch):
     assert "1000 responses" in (made.report / "data-efficiency.md").read_text()
     assert "torch" in json.loads((made.report / "versions.json").read_text())
     assert {path.name for path in made.report.glob("*.png")} == {"table.png", "data-efficiency.png"}
-
-
-def test_without_a_base_parameters_are_only_averaged(tmp_path, monkeypatch):
-    made = experiment(tmp_path, base=None)
-    assert asked(made, monkeypatch)["merged"] == ["merged, linear"]
 
 
 def test_a_finished_step_is_not_run_again(tmp_path, monkeypatch):
