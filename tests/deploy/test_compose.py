@@ -10,16 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import msgspec
 import pytest
 import yaml
 
 from server import supervisor
+from server.check import check
 from server.config import Config, load_config
+from server.remote.handshake import KEY_VARIABLE
 from tests.deploy.compose import DEPLOY, ROOT, here, load, mounts, seconds
 
 SCHEMA = json.loads((Path(__file__).parent / "schema" / "compose-spec.json").read_text(encoding="utf-8"))
 FILES = sorted(file.name for file in DEPLOY.glob("compose*.yaml"))
-SERVICES = load("compose.yaml")["services"]
+MORE = load("compose.two-hosts.yaml")["services"]
+"""Goes on top of compose.yaml: what both files name is merged."""
+SERVICES = {**MORE, **load("compose.yaml")["services"]}
+SERVING = ["demo", "server", "api"]
+EXPERTS = [name for name in SERVICES if SERVICES[name].get("command", [""])[0] == "expert"]
 
 
 def problems(data: dict[str, Any]) -> list[str]:
@@ -29,6 +36,12 @@ def problems(data: dict[str, Any]) -> list[str]:
 @pytest.fixture(params=SERVICES)
 def service(request: pytest.FixtureRequest) -> dict[str, Any]:
     return SERVICES[request.param]
+
+
+def chosen(profile: str) -> set[str]:
+    """The services that `profile` starts, with both files."""
+    files = [SERVICES, MORE]
+    return {name for services in files for name, service in services.items() if profile in service["profiles"]}
 
 
 def configuration(service: dict[str, Any]) -> Config:
@@ -48,23 +61,24 @@ def test_the_schema_finds_faults(wrong: dict[str, Any]) -> None:
     assert problems(wrong)
 
 
-@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+@pytest.mark.parametrize("profile", ["cpu", "gpu", "api", "expert"])
 def test_docker_compose_reads_it(profile: str) -> None:
     """With its own loader: variables, merge keys and dependencies between profiles resolve."""
     if (program := shutil.which("docker-compose")) is None:
         pytest.skip("Docker Compose's docker-compose is not installed")
-    command = [program, "-f", DEPLOY / "compose.yaml", "--profile", profile, "config", "--format", "json"]
+    names = ["compose.yaml"] if profile in ("cpu", "gpu") else ["compose.yaml", "compose.two-hosts.yaml"]
+    files = [argument for name in names for argument in ("-f", DEPLOY / name)]
+    command = [program, *files, "--profile", profile, "config", "--format", "json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    expected = {name for name, service in SERVICES.items() if profile in service["profiles"]}
-    assert set(json.loads(done.stdout)["services"]) == expected
+    assert set(json.loads(done.stdout)["services"]) == chosen(profile)
 
 
 def test_profiles_are_whole() -> None:
-    """Either profile brings one polylogit and both of what watches it."""
-    for profile, polylogit in [("cpu", "demo"), ("gpu", "server")]:
-        chosen = {name for name, service in SERVICES.items() if profile in service["profiles"]}
-        assert chosen == {polylogit, "prometheus", "grafana"}
+    """Each profile brings one polylogit and both of what watches it, or the other host's experts."""
+    for profile, polylogit in [("cpu", "demo"), ("gpu", "server"), ("api", "api")]:
+        assert chosen(profile) == {polylogit, "prometheus", "grafana"}
+    assert chosen("expert") == set(EXPERTS)
 
 
 def test_hardened(service: dict[str, Any]) -> None:
@@ -76,8 +90,36 @@ def test_hardened(service: dict[str, Any]) -> None:
     assert "privileged" not in service
 
 
-def test_ports_are_on_loopback(service: dict[str, Any]) -> None:
-    assert [port for port in service["ports"] if not port.startswith("127.0.0.1:")] == []
+@pytest.mark.parametrize("name", sorted(SERVICES.keys() - set(EXPERTS)))
+def test_ports_are_on_loopback(name: str) -> None:
+    assert [port for port in SERVICES[name]["ports"] if not port.startswith("127.0.0.1:")] == []
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_an_expert_is_found_at_its_address(name: str) -> None:
+    """Only there; it listens at that port, and its health check asks for it."""
+    _, _, expert, _, listen = SERVICES[name]["command"]
+    [found] = [each for each in configuration(SERVICES[name]).experts if each.name == expert]
+    assert found.address is not None
+    port = found.address.partition(":")[2]
+    assert SERVICES[name]["ports"] == [f"{found.address}:{port}"]
+    assert listen == f"0.0.0.0:{port}"
+    assert SERVICES[name]["healthcheck"]["test"][-1] == port
+
+
+def test_every_expert_of_two_hosts_runs_once() -> None:
+    """One configuration for both hosts; what has an address has a service of its own."""
+    config = configuration(SERVICES["api"])
+    assert [SERVICES[name]["command"][2] for name in EXPERTS] == [one.name for one in config.experts if one.address]
+    assert all(mounts(SERVICES[name]) == mounts(SERVICES["api"]) for name in EXPERTS)
+
+
+@pytest.mark.parametrize("name", ["api", *EXPERTS])
+def test_the_cluster_key_is_a_secret(name: str) -> None:
+    [secret] = SERVICES[name]["secrets"]
+    assert configuration(SERVICES[name]).cluster_key_file == f"/run/secrets/{secret}"
+    assert "file" in load("compose.two-hosts.yaml")["secrets"][secret]
+    assert "POLYLOGIT_CLUSTER_KEY" not in SERVICES[name].get("environment", {})
 
 
 def test_images_are_pinned(service: dict[str, Any]) -> None:
@@ -98,22 +140,27 @@ def test_what_is_mounted_exists(service: dict[str, Any]) -> None:
             assert mount.source in volumes
 
 
-@pytest.mark.parametrize("name", ["demo", "server"])
+@pytest.mark.parametrize("name", [*SERVING, *EXPERTS])
 def test_the_grace_period_outlasts_the_drain(name: str) -> None:
     """Docker kills what has not ended by then."""
     drain = configuration(SERVICES[name]).limits.grace_seconds + 2 * supervisor._REAP_SECONDS
     assert seconds(SERVICES[name]["stop_grace_period"]) > drain
 
 
-def test_a_start_is_not_unhealthy() -> None:
+@pytest.mark.parametrize("name", ["server", "api", *EXPERTS])
+def test_a_start_is_not_unhealthy(name: str) -> None:
     """The container counts as starting for as long as the server may take to start."""
-    limits = configuration(SERVICES["server"]).limits
-    assert seconds(SERVICES["server"]["healthcheck"]["start_period"]) >= limits.start_seconds
+    limits = configuration(SERVICES[name]).limits
+    assert seconds(SERVICES[name]["healthcheck"]["start_period"]) >= limits.start_seconds
 
 
-def test_each_expert_has_the_gpus_that_it_names() -> None:
-    [reservation] = SERVICES["server"]["deploy"]["resources"]["reservations"]["devices"]
-    named = [gpu for expert in configuration(SERVICES["server"]).experts for gpu in expert.gpus or ()]
+@pytest.mark.parametrize("name", ["server", "api", *EXPERTS])
+def test_each_expert_has_the_gpus_that_it_names(name: str) -> None:
+    """Its container has those of all experts of the host: the configuration's indices count within them."""
+    [reservation] = SERVICES[name]["deploy"]["resources"]["reservations"]["devices"]
+    experts = configuration(SERVICES[name]).experts
+    host = next((one.host for one in experts if one.name == SERVICES[name]["command"][2]), None)
+    named = [gpu for expert in experts if expert.host == host for gpu in expert.gpus or ()]
     assert named == list(range(len(reservation["device_ids"])))
     assert "gpu" in reservation["capabilities"]
 
@@ -122,7 +169,7 @@ def test_what_watches_finds_what_it_watches() -> None:
     """Prometheus's target and Grafana's data source are services of the file, at the ports they listen on."""
     prometheus = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text(encoding="utf-8"))
     [job] = prometheus["scrape_configs"]
-    for name in ("demo", "server"):
+    for name in SERVING:
         [alias] = SERVICES[name]["networks"]["default"]["aliases"]
         assert job["static_configs"] == [{"targets": [f"{alias}:{configuration(SERVICES[name]).http.port}"]}]
     sources = DEPLOY / "grafana" / "provisioning" / "datasources"
@@ -137,3 +184,15 @@ def test_keys_come_from_files() -> None:
         [secret] = keys["services"][name]["secrets"]
         assert f"/run/secrets/{secret}" in (DEPLOY / file).read_text(encoding="utf-8")
         assert "file" in keys["secrets"][secret]
+
+
+@pytest.mark.parametrize("host", [None, "10.0.0.2"])
+def test_two_hosts_pass_the_check(host: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of either host, with the demo's models in place of the user's."""
+    monkeypatch.setenv(KEY_VARIABLE, "k" * 32)
+    given = configuration(SERVICES["api"])
+    models = zip(given.experts, ["math", "text", "chat"], strict=True)
+    experts = [msgspec.structs.replace(one, model=f"demo/experts/{name}", max_model_len=None) for one, name in models]
+    lines = check(msgspec.structs.replace(given, experts=experts, cluster_key_file=None), host)
+    assert "devices: no conflicts" in lines
+    assert "cluster key: given" in lines

@@ -41,10 +41,10 @@ def answering(request: pytest.FixtureRequest) -> Iterator[tuple[int, int]]:
         thread.join()
 
 
-def health(port: int) -> int:
+def health(port: int, *arguments: str) -> int:
     """The exit code of the health check."""
     environment = {**os.environ, "POLYLOGIT_PORT": str(port)}
-    command = [sys.executable, ROOT / "docker" / "healthcheck.py"]
+    command = [sys.executable, ROOT / "docker" / "healthcheck.py", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, timeout=30).returncode
 
 
@@ -55,6 +55,12 @@ def test_health_check_follows_the_answer(answering: tuple[int, int]) -> None:
 
 def test_health_check_of_nothing() -> None:
     assert health(1) == 1
+
+
+def test_health_check_of_an_expert(answering: tuple[int, int]) -> None:
+    """It needs to listen, no more: who does not know the key is told nothing."""
+    assert health(1, str(answering[0])) == 0
+    assert health(answering[0], "1") == 1
 
 
 @pytest.mark.parametrize("stage", LAST, ids=["cpu", "gpu"])
