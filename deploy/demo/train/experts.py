@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--only", nargs="*", help="stages to run, in order; default all")
     parser.add_argument("--seed", type=int, default=0, help="another one gives other weights and other data")
-    parser.add_argument("--work", type=Path, default=Path("build/demo"), help="where the base model is kept")
+    parser.add_argument("--work", type=Path, default=DEMO, help="the base model goes to WORK/base")
     parser.add_argument("--output", type=Path, default=DEMO, help="experts go to OUTPUT/experts, times to OUTPUT/train")
     arguments = parser.parse_args()
     for planned in stages():
