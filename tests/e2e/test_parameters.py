@@ -177,9 +177,11 @@ CHAT: dict[str, Check] = {
     "top_k": lambda s: text(s, top_k=1, **HOT) == text(s, **LONG),
     "min_p": lambda s: text(s, min_p=1, **HOT) == text(s, **LONG),
     "seed": lambda s: text(s, seed=7, **HOT) == text(s, seed=7, **HOT) != text(s, seed=-(2**63), **HOT),
-    "presence_penalty": lambda s: text(s, presence_penalty=2, logit_bias={"65": 1, "66": 0}, **LONG) != text(s, **LONG),
+    "presence_penalty": lambda s: (
+        text(s, seed=7, presence_penalty=2, **HOT) != text(s, seed=7, presence_penalty=-2, **HOT)
+    ),
     "frequency_penalty": lambda s: text(s, frequency_penalty=2, **LONG) != text(s, **LONG),
-    "repetition_penalty": lambda s: text(s, repetition_penalty=10, **LONG) != text(s, **LONG),
+    "repetition_penalty": lambda s: text(s, seed=7, repetition_penalty=10, **HOT) != text(s, seed=7, **HOT),
     "logit_bias": lambda s: biased(s, 90),
     "stop, a string": lambda s: text(s, stop="7") == "1",
     "stop, up to four": lambda s: text(s, stop=["x", "y", "71", "z"]) == "1",
