@@ -1,11 +1,11 @@
 """Was a whole response right? Graders for `polylogit record`, `train` and `evaluate`, named by `--grader`:
 
-    exact                     the response is the row's "answer", but for spaces around it numeric[:TOLERANCE]       its
-    last number is the answer's last number (default 1e-6; absolute, or relative above 1) regex[:PATTERN]           the
-    pattern, else the row's "pattern", is found in it json                      it is one JSON text (a code fence around
-    it may be there) that satisfies the row's "schema" python[:SECONDS]          its code, then the row's "tests", run
-    to the end in a sandbox (default 10 seconds) package.module:function   called with (row, text), returns a number
-    from 0 to 1
+- exact: the response is the row's "answer", but for spaces around it
+- numeric[:TOLERANCE]: its last number is the answer's last number (default 1e-6; absolute, or relative above 1)
+- regex[:PATTERN]: the pattern, else the row's "pattern", is found in it
+- json: it is one JSON text (a code fence around it may be there) that satisfies the row's "schema"
+- python[:SECONDS]: its code, then the row's "tests", run to the end in a sandbox (default 10 seconds)
+- package.module:function: called with (row, text), returns a number from 0 to 1
 
 Knows nothing of models, files or how responses were made.
 """

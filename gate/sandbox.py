@@ -58,7 +58,8 @@ class Limits:
 @dataclass(frozen=True, slots=True)
 class Isolation:
     """How a child is kept apart from its surroundings. `name`: what a person is told. `namespaces`: no network, its own
-    process numbers. `user`: runs as a user that nothing else belongs to, and may (`reads`) read what this one may."""
+    process numbers. `user`: runs as a user that nothing else belongs to, and may (`reads`, where Python itself
+    could not be read otherwise) read what this one may."""
 
     name: str
     namespaces: bool
@@ -78,10 +79,11 @@ class Isolation:
 
 
 _STRONGEST_FIRST = (
-    Isolation("no network, own process numbers, own user", namespaces=True, user=True, reads=True),
-    Isolation("own user; the network is NOT cut off", namespaces=False, user=True, reads=True),
+    Isolation("no network, own process numbers, own user", namespaces=True, user=True),
+    Isolation("no network, own process numbers, own user; reads all files", namespaces=True, user=True, reads=True),
     Isolation("own user; the network is NOT cut off", namespaces=False, user=True),
     Isolation("no network, own process numbers; runs as this user", namespaces=True, user=False),
+    Isolation("own user, reads all files; the network is NOT cut off", namespaces=False, user=True, reads=True),
     Isolation("limits only: the network is NOT cut off, runs as this user", namespaces=False, user=False),
 )
 

@@ -30,6 +30,7 @@ from server.messages import (
     Message,
     Progress,
     RemoteNote,
+    RestartExpert,
     RunBare,
     Stats,
     Stop,
@@ -147,7 +148,10 @@ class LocalDeployment:
             raise EngineError(problem)
 
     def check(self) -> None:
-        """Raises EngineError if a process has ended."""
+        """Raises EngineError if a process has ended or hangs."""
+        for message in self._control.drain():
+            if isinstance(message, RestartExpert):
+                raise EngineError(f"expert {self._config.experts[message.expert].name}: {message.message}")
         for child in self._children:
             if not child.process.is_alive():
                 raise EngineError(f"{child.name}: {child.last_words()}")

@@ -6,6 +6,7 @@ A line written while a request is served carries its id. Nothing here or elsewhe
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -112,7 +113,8 @@ def _relay(source: Connection, process: str) -> None:
     with source, os.fdopen(os.dup(source.fileno()), "rb") as lines:
         for line in lines:
             if text := line.strip():
-                os.write(sys.stderr.fileno(), (text if _is_json(text) else _wrapped(text, process)) + b"\n")
+                with contextlib.suppress(OSError):  # nobody reads: the process must not wait for it
+                    os.write(sys.stderr.fileno(), (text if _is_json(text) else _wrapped(text, process)) + b"\n")
 
 
 def _is_json(line: bytes) -> bool:

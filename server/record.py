@@ -202,6 +202,7 @@ def _manifest(config: Config, options: argparse.Namespace, plan: Plan) -> Manife
             "temperature": options.temperature,
             "max_tokens": options.max_tokens,
             "seed": options.seed,
+            "policies": msgspec.to_builtins(plan.policies),
             "missing": config.missing,
             "responses": None if options.responses is None else sha256_file(options.responses),
             "gate": None if options.gate is None else sha256_file(options.gate),

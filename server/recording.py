@@ -40,7 +40,9 @@ def recording_deployment(
             save_for_recording(config, sizes, gate, file)
         limits = msgspec.structs.replace(config.limits, queue=max(config.limits.queue, config.limits.sequences))
         chosen = GateConfig(str(file), on_failure="fail") if file.exists() else None
-        with LocalDeployment(msgspec.structs.replace(config, gate=chosen, limits=limits)) as deployment:
+        # "wait": rows of a lost expert must not be left out of what a gate learns from.
+        served = msgspec.structs.replace(config, gate=chosen, limits=limits, on_expert_loss="wait")
+        with LocalDeployment(served) as deployment:
             yield deployment, Path(directory)
 
 

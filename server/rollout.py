@@ -165,8 +165,9 @@ class Rollouts:
         return []
 
     def _note(self, trace: Trace) -> None:
-        rows = len(trace.sequences)
-        experts = len(self._running[trace.sequences[0]].task.prompts) if rows else 1
+        if not (rows := len(trace.sequences)):
+            return  # all were lost: their ends follow
+        experts = len(self._running[trace.sequences[0]].task.prompts)
         ids = np.frombuffer(trace.ids, np.int32).reshape(rows, experts, -1)
         logprobs = np.frombuffer(trace.logprobs, np.float32).reshape(rows, experts, -1)
         projected = _half(np.frombuffer(trace.projected, np.float32)).reshape(rows, experts, -1)

@@ -92,7 +92,7 @@ class Supervisor:
         """Serve until SIGTERM or SIGINT. Raises StartError if the deployment cannot start or cannot go on."""
         with _listener(self._config) as listener, private_directory() as directory:
             self._directory = directory
-            self._url = "http://{}:{}".format(*listener.getsockname()[:2])
+            self._url = _url(*listener.getsockname()[:2])
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._on_signal)
             self._control: Channel[ToSupervisor, FromSupervisor] = Channel(
@@ -330,6 +330,10 @@ def run_expert(config: Config, place: Placement, directory: Path, listener: sock
     from server.expert.process import run
 
     run(config, place, directory, listener)
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _free_port() -> int:

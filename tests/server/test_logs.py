@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -76,3 +78,18 @@ def test_whatever_a_process_writes_becomes_json(capfd: pytest.CaptureFixture[str
     lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
     assert [line["message"] for line in lines] == ["a line", "printed", "from C", "unfinished"]
     assert {line["process"] for line in lines} == {"expert a"}
+
+
+def test_a_process_goes_on_when_nobody_reads_its_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[bytes] = []
+
+    def closed(_: int, line: bytes) -> int:
+        tried.append(line)
+        raise BrokenPipeError
+
+    source, output = multiprocessing.Pipe(duplex=False)
+    with output, os.fdopen(os.dup(output.fileno()), "wb") as lines:
+        lines.write(b"{}\n{}\n")
+    monkeypatch.setattr(logs.os, "write", closed)
+    logs.relay(source, "api").join(children.SECONDS)
+    assert tried == [b"{}\n", b"{}\n"]

@@ -21,7 +21,7 @@ from server.config import Config, parse_config
 from server.errors import StartError
 from server.messages import ExpertDown
 from server.placement import expert_cpus, expert_gpus
-from server.supervisor import Supervisor, end, private_directory, spawn
+from server.supervisor import Supervisor, _url, end, private_directory, spawn
 from tests.server import children
 
 SECONDS = 20.0
@@ -250,6 +250,10 @@ def test_an_expert_on_another_host_is_not_started_here(tmp_path, earlier):
         "expert=1" in line for line in heard(tmp_path)
     )
     assert until(lambda: everything_ended(tmp_path, earlier))
+
+
+def test_the_url_of_an_ipv6_address_has_brackets():
+    assert (_url("127.0.0.1", 80), _url("::1", 80)) == ("http://127.0.0.1:80", "http://[::1]:80")
 
 
 def test_a_port_that_is_taken(tmp_path):
