@@ -25,7 +25,13 @@ def served(config: Path, *, gate: Path | None = None, start_seconds: float = 600
 
     Raises StartError with the server's last words if it ends before it is ready.
     """
-    command = [sys.executable, "-m", "server.cli", "--log-level", "warning", "serve", str(config), "--port", "0"]
+    logging = [
+        "--log-level",
+        "warning",
+        "--log-format",
+        "text",
+    ]  # as JSON the line that it is ready would be a log line
+    command = [sys.executable, "-m", "server.cli", *logging, "serve", str(config), "--port", "0"]
     if gate is not None:
         command += ["--gate", str(gate)]
     with tempfile.TemporaryDirectory(prefix="polylogit-") as directory:

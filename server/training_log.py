@@ -62,7 +62,7 @@ class TrainingLog:
 
     def _restored(self) -> Progress:
         try:
-            saved = torch.load(self._state, weights_only=True)
+            saved = torch.load(self._state, map_location="cpu", weights_only=True)  # `--device` may change
             old, state = saved["settings"], saved["progress"]
             points = [Point(**point) for point in state.pop("points")]
             progress = Progress(**state, points=points)
