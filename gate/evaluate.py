@@ -7,6 +7,7 @@ answers; `gate.report` makes tables and plots of what is written here.
 import asyncio
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -121,6 +122,12 @@ def save_results(results: Results, path: Path) -> None:
     fresh.replace(path)
 
 
+def key_header() -> dict[str, str]:
+    """What a server with API keys asks for: the one in POLYLOGIT_API_KEY, if there is one."""
+    key = os.environ.get("POLYLOGIT_API_KEY")
+    return {"authorization": f"Bearer {key}"} if key else {}
+
+
 async def ask(client: httpx.AsyncClient, model: str, question: Question, max_tokens: int) -> tuple[str, int]:
     """One greedy chat completion: (text, tokens). Raises EvaluationError with the server's reply when refused."""
     body = {"model": model, "messages": question.messages, "temperature": 0, "max_tokens": max_tokens}
@@ -189,7 +196,8 @@ async def evaluate(
 ) -> None:
     """Asks every model that `results` does not hold yet, and writes `output` after each. Raises EvaluationError."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    async with httpx.AsyncClient(base_url=url.rstrip("/") + "/", timeout=TIMEOUT_SECONDS) as client:
+    base = url.rstrip("/") + "/"
+    async with httpx.AsyncClient(base_url=base, headers=key_header(), timeout=TIMEOUT_SECONDS) as client:
         wanted = labelled(models or await served_models(client))
         with Progress(*columns) as bar:
             for label, model in wanted.items():

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from gate.evaluate import EvaluationError
+from gate.evaluate import EvaluationError, key_header
 
 PALETTE = ("#2a9d8f", "#e76f51", "#5b7fde", "#e9b44c", "#9b5de5", "#6c757d", "#d63384", "#8ab17d")
 TOKENS_A_ROW = 24
@@ -59,7 +59,7 @@ def ask(url: str, model: str | None, prompt: str, max_tokens: int) -> Answer:
     if model is not None:
         body["model"] = model
     try:
-        response = httpx.post(f"{url}/chat/completions", json=body, timeout=300.0)
+        response = httpx.post(f"{url}/chat/completions", json=body, headers=key_header(), timeout=300.0)
     except httpx.HTTPError as error:
         raise EvaluationError(f"{url}: {error or type(error).__name__}") from None
     if response.is_error:

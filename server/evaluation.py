@@ -77,7 +77,7 @@ class Commands:
 def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, nargs="?", metavar="FILE", help="a deployment to serve meanwhile")
     parser.add_argument("--gate", type=Path, metavar="CHECKPOINT", help="with FILE: this gate instead of its own")
-    parser.add_argument("--url", help="a running server instead, as http://127.0.0.1:8000")
+    parser.add_argument("--url", help="a running server instead; POLYLOGIT_API_KEY: its key")
 
 
 @contextlib.contextmanager

@@ -2,10 +2,11 @@
 
 import math
 
+import httpx
 import pytest
 
 from gate.evaluate import EvaluationError
-from gate.explain import PALETTE, blend, from_completion, write_html, write_png
+from gate.explain import PALETTE, ask, blend, from_completion, write_html, write_png
 
 
 def completion(*entries):
@@ -50,3 +51,13 @@ def test_png(tmp_path):
 def test_an_answer_without_weights_is_refused():
     with pytest.raises(EvaluationError, match="no expert_weights"):
         from_completion("?", {"model": "other", "choices": [{"logprobs": {"content": [{"token": "a"}]}}]})
+
+
+def test_the_key_of_a_server_that_wants_one(monkeypatch):
+    def post(url, *, json, headers, timeout):
+        assert headers == {"authorization": "Bearer k"}
+        return httpx.Response(200, json=completion(("a", {"math": 1.0})))
+
+    monkeypatch.setenv("POLYLOGIT_API_KEY", "k")
+    monkeypatch.setattr(httpx, "post", post)
+    assert ask("http://127.0.0.1:1/v1", None, "x", 1).tokens[0].text == "a"
