@@ -82,8 +82,8 @@ _STRONGEST_FIRST = (
     Isolation("no network, own process numbers, own user", namespaces=True, user=True),
     Isolation("no network, own process numbers, own user; reads all files", namespaces=True, user=True, reads=True),
     Isolation("own user; the network is NOT cut off", namespaces=False, user=True),
-    Isolation("no network, own process numbers; runs as this user", namespaces=True, user=False),
     Isolation("own user, reads all files; the network is NOT cut off", namespaces=False, user=True, reads=True),
+    Isolation("no network, own process numbers; runs as this user", namespaces=True, user=False),
     Isolation("limits only: the network is NOT cut off, runs as this user", namespaces=False, user=False),
 )
 
