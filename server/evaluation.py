@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import hashlib
 import logging
 import shlex
 import sys
@@ -121,9 +122,10 @@ def _run_evaluate(options: argparse.Namespace) -> int:
         if problem := grader.problem(question.row):
             raise evaluation.EvaluationError(f"{options.prompts}: prompt {question.number} {problem}")
     results = evaluation.new_results(options.prompts, questions, options.grader)
+    settings = _settings(options)
     if options.output.exists():
-        results = _taken_up(options.output, results)
-    results.about = about()
+        results = _taken_up(options.output, results, settings)
+    results.about = {**about(), "settings": settings}
     with target(options) as url:
         asyncio.run(
             evaluation.evaluate(
@@ -146,13 +148,24 @@ def _quiet() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
-def _taken_up(path: Path, fresh: Any) -> Any:
-    """The results at `path`, if they are of the same prompts and grader. Raises EvaluationError."""
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What answers depend on beside prompts and grader, as far as it can be known: digests of what is served."""
+    files = {"config": options.config, "gate": options.gate}
+    there = {name: file for name, file in files.items() if file is not None and file.is_file()}
+    digests = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in there.items()}
+    return {"max_tokens": options.max_tokens, "config": None, "gate": None, **digests}
+
+
+def _taken_up(path: Path, fresh: Any, settings: dict[str, Any]) -> Any:
+    """The results at `path`, if they are of the same prompts, grader and settings. Raises EvaluationError."""
     from gate.evaluate import EvaluationError, load_results
 
     found = load_results(path)
     if (found.prompts_sha256, found.grader) != (fresh.prompts_sha256, fresh.grader):
         raise EvaluationError(f"{path} holds answers to other prompts or of another grader; move it away first")
+    if (before := found.about.get("settings", settings)) != settings:
+        changed = ", ".join(name for name in settings if before.get(name) != settings[name])
+        raise EvaluationError(f"{path} holds answers with another {changed}; move it away first")
     return found
 
 
