@@ -6,7 +6,6 @@ import json
 import logging
 import multiprocessing
 import os
-from collections.abc import Iterator
 
 import pytest
 
@@ -14,17 +13,6 @@ from server import logs
 from server.config import Logging
 from server.supervisor import spawn
 from tests.server import children
-
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    """`configure` changes the root logger: put it back."""
-    root, own = logging.getLogger(), logging.getLogger("polylogit")
-    handlers, levels = root.handlers[:], (root.level, own.level)
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(levels[0])
-    own.setLevel(levels[1])
 
 
 def line_of(capsys: pytest.CaptureFixture[str], **settings: str) -> str:
