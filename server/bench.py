@@ -108,7 +108,7 @@ class _Runner:
 
     def round(self, sequences: int) -> Round:
         """Each thing once, one after another."""
-        before = _cpu_times()
+        before = cpu_times()
         bare = self._deployment.bare(list(range(len(self._names))), Bare(sequences, self._prompt_tokens, self._tokens))
         earlier = self._deployment.stats()
         fused = self._policy(self._fused, sequences)
@@ -120,7 +120,7 @@ class _Runner:
             single=single,
             bare={self._names[index]: _decoding(seconds) for index, seconds in bare.items()},
             parts=parts,
-            steal=_steal(before, _cpu_times()),
+            steal=steal(before, cpu_times()),
         )
 
     def _policy(self, policy: Policy, sequences: int) -> float:
@@ -203,15 +203,15 @@ def _write(options: argparse.Namespace, config: Config, rounds: list[Round]) -> 
         "command": f"polylogit bench {options.config} {chosen}"
         f" --missing {config.missing} --sequences {options.sequences}"
         f" --tokens {options.tokens} --rounds {options.rounds}",
-        "versions": {"polylogit": __version__, **_versions(), "python": platform.python_version()},
-        "machine": {"processor": _processor(), "cores": os.cpu_count()},
+        "versions": {"polylogit": __version__, **versions(), "python": platform.python_version()},
+        "machine": {"processor": processor(), "cores": os.cpu_count()},
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "rounds": [asdict(entry) | {"ratio": entry.ratio} for entry in rounds],
     }
     options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
@@ -223,19 +223,19 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _processor() -> str:
+def processor() -> str:
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.machine()
 
 
-def _cpu_times() -> list[int]:
+def cpu_times() -> list[int]:
     """The first line of /proc/stat: clock ticks by kind of use; the eighth is time stolen by the host."""
     return [int(value) for value in Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:]]
 
 
-def _steal(before: list[int], after: list[int]) -> float:
+def steal(before: list[int], after: list[int]) -> float:
     """Share of processor time stolen between two readings."""
     spent = [late - early for early, late in zip(before, after, strict=True)]
     return spent[7] / max(1, sum(spent[:8]))

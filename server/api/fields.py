@@ -4,6 +4,7 @@ checks the size of a value before it looks at the parts, so that a hostile body 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -14,7 +15,7 @@ from server.api.structure import too_much
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 MOST_STOPS, MOST_STOP_CHARACTERS = 4, 1024
 MOST_MESSAGES = 4096
-_MOST_CONTAINERS = 10_000  # in the arguments of one call
+_MOST_CONTAINERS = 50_000  # in the arguments of all calls of a conversation
 TEMPLATE_ARGUMENTS = (
     "date_string",
     "enable_thinking",
@@ -108,13 +109,30 @@ def _tool_call(call: Any) -> dict[str, Any]:
         raise ValueError("a call needs a function with a name")
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
-        if fault := too_much(arguments.encode(errors="replace"), _MOST_CONTAINERS):
-            raise ValueError(f"arguments have {fault}")
         try:
             arguments = msgspec.json.decode(arguments)
         except (ValueError, RecursionError):
             raise ValueError("arguments are not valid JSON") from None
     return {**call, "function": {**function, "arguments": arguments}}
+
+
+def check_arguments(messages: Any) -> None:
+    """Calls' arguments are JSON in strings, which the count of the body's own structure does not see. Raises
+    ValueError."""
+    texts = [text.encode(errors="replace") for text in _arguments(messages)]
+    if fault := too_much(b"\n".join(texts), _MOST_CONTAINERS):
+        raise ValueError(f"messages have tool_calls whose arguments have {fault}")
+
+
+def _arguments(messages: Any) -> Iterator[str]:
+    """The arguments in not yet validated messages that are strings."""
+    for message in messages if isinstance(messages, list) else ():
+        calls = message.get("tool_calls") if isinstance(message, dict) else None
+        for call in calls if isinstance(calls, list) else ():
+            function = call.get("function") if isinstance(call, dict) else None
+            arguments = function.get("arguments") if isinstance(function, dict) else None
+            if isinstance(arguments, str):
+                yield arguments
 
 
 def _template_arguments(value: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ where they are used.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -26,6 +27,7 @@ from server.api.fields import (
     TokenId,
     ToolCalls,
     by_expert,
+    check_arguments,
 )
 from server.request import MOST_PRIORITY
 
@@ -205,6 +207,13 @@ class Conversation(Body):
     continue_final_message: bool = False
     add_special_tokens: bool = False
     chat_template_kwargs: TemplateArguments = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _arguments_are_bounded(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            check_arguments(data.get("messages"))
+        return data
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:

@@ -1,6 +1,6 @@
 """What the api process costs, and how long its event loop lets anyone wait:
 
-    python -m tests.server.api.overhead --json deploy/bench/report/api.json
+    python -m tests.server.api.overhead --json deploy/demo/report/api.json
 
 The api runs in a process of its own, with a heartbeat in its event loop; this process is its clients and, in place of a
 coordinator, an engine that answers at once. Every tick brings one token to every stream, and the next tick comes when
@@ -29,6 +29,7 @@ from typing import Any
 import httpx
 
 from server.api import process
+from server.bench import cpu_times, processor, steal, versions
 from server.config import Config
 from server.messages import Abort, Ended, FromApi, Progress, Status, Stop, Submit, ToApi
 from server.request import FinishReason
@@ -252,6 +253,12 @@ def _lengthen(path: Path) -> None:
     path.write_text(json.dumps(config | {"max_position_embeddings": CONTEXT}))
 
 
+def _called(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A conversation with seventy calls of these arguments."""
+    call = {"function": {"name": "f", "arguments": json.dumps(arguments)}}
+    return {"messages": [_USER, {"role": "assistant", "tool_calls": [call] * 70}]}
+
+
 def bodies() -> dict[str, tuple[str, bytes]]:
     """Name -> path and body, all of nearly 4 MB, each the worst of its kind for some step on the way."""
     schema = {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(24_000)}}
@@ -276,18 +283,8 @@ def bodies() -> dict[str, tuple[str, bytes]]:
                 "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
             },
         ),
-        "arguments of calls": (
-            CHAT,
-            {
-                "messages": [
-                    _USER,
-                    {
-                        "role": "assistant",
-                        "tool_calls": [{"function": {"name": "f", "arguments": json.dumps({"a": [[1]] * 9000})}}] * 70,
-                    },
-                ]
-            },
-        ),
+        "arguments of calls": (CHAT, _called({"a": [[1]] * 680, "b": "x" * 50_000})),
+        "too much in arguments of calls": (CHAT, _called({"a": [[1]] * 9000})),
         "logit_bias": (CHAT, {"messages": [_USER], "logit_bias": {str(key): 1 for key in range(199_000)}}),
         "strings": (CHAT, {"messages": [_USER], "stop": ["a"] * 199_000}),
         "token ids": (COMPLETIONS, {"prompt": [5] * 1_300_000}),
@@ -299,6 +296,7 @@ def bodies() -> dict[str, tuple[str, bytes]]:
 
 
 async def measure(options: argparse.Namespace) -> dict[str, Any]:
+    before = cpu_times()
     async with bench() as made:
         await made.streams(options.streams, 16)  # warms up
         rounds = [await made.streams(options.streams, options.tokens) for _ in range(options.rounds)]
@@ -316,7 +314,9 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
         "command": f"python -m tests.server.api.overhead --streams {options.streams} --tokens {options.tokens}"
         f" --rounds {options.rounds}",
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "versions": {**versions(), "python": platform.python_version()},
+        "machine": {"processor": processor(), "cores": os.cpu_count()},
+        "steal": steal(before, cpu_times()),
         "streams": [_row(one) for one in rounds],
         "bodies": stalls,
     }

@@ -86,6 +86,18 @@ async def test_strange_text(api: Served, content: str) -> None:
     assert list(content.encode()) == api.fake.submitted[0].prompts[0][2:-2]
 
 
+@pytest.mark.parametrize(("lists", "status"), [(2, 200), (8000, 400)])
+async def test_what_arguments_of_calls_hold_counts_together(api: Served, lists: int, status: int) -> None:
+    """JSON in strings, eight calls of it: few enough each, too much in all."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": json.dumps({"[": [[]] * lists})}}
+    user = {"role": "user", "content": "x"}
+    answer = await api.chat(messages=[user, {"role": "assistant", "tool_calls": [call] * 8}, user])
+    assert answer.status_code == status
+    if status == 400:
+        error = answer.json()["error"]
+        assert (error["param"], "more than 50000 arrays and objects" in error["message"]) == ("messages", True)
+
+
 async def test_a_megabyte_in_one_word(api: Served) -> None:
     start = time.perf_counter()
     answer = await api.chat(messages=[{"role": "user", "content": "x" * 1_000_000}])
