@@ -3,6 +3,7 @@ body."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -18,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api import playground
 from server.api.account import Account
 from server.api.faults import UnsupportedMedia, error_response
-from server.api.reply import ClientGone
+from server.api.reply import ClientGone, bug
 from server.api.tracing import RequestTrace, Tracing
 from server.errors import BodyTooLarge, GenerationFailed, Unauthorized
 from server.logs import REQUEST_ID, fields
@@ -62,11 +63,14 @@ class Observed:
             await self._app(visit.scope, receive, visit.send)
         except (ClientGone, ClientDisconnect):
             visit.gone = True
+        except asyncio.CancelledError:  # by the HTTP server, whose time to stop is over; never because a client left
+            visit.account.note_error(GenerationFailed("the server ended before the answer did"))
+            raise
         except Exception:
-            _log.exception("failed")
+            fault = bug()
+            visit.account.note_error(fault)
             if visit.status:
                 raise
-            fault = GenerationFailed("an internal error; the request id finds it in the server's log")
             await error_response(fault)(visit.scope, receive, visit.send)
 
 
@@ -102,10 +106,12 @@ class _Visit:
 
     @property
     def outcome(self) -> str:
-        if self.gone or not self.status:
+        if self.gone:
             return "disconnected"
         if self.account.failed:  # perhaps after the status was sent
             return "server_error"
+        if not self.status:
+            return "disconnected"
         return {2: "ok", 3: "ok", 4: "client_error"}.get(self.status // 100, "server_error")
 
     def figures(self) -> dict[str, Any]:

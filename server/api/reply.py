@@ -7,6 +7,7 @@ stop string is complete. Knows the events of the coordinator and ASGI, not the s
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from server.api.protocol import GenerationRequest
 from server.api.shapes import DONE, KEEP_ALIVE, Shape, Usage
 from server.api.tracing import trace_of
 from server.config import HttpConfig
-from server.errors import RequestError
+from server.errors import GenerationFailed, RequestError
 from server.messages import Ended
 from server.metrics import ApiMetrics
 from server.request import SequenceRequest
@@ -34,12 +35,19 @@ _EVENT_STREAM = [
     (b"x-accel-buffering", b"no"),
 ]
 
+_log = logging.getLogger("polylogit.api")
 
 Reader = TypeVar("Reader", Answer, Answer | PromptScores)
 
 
 class ClientGone(Exception):
     """The client left or no longer reads: nothing can be sent, nothing is wrong."""
+
+
+def bug() -> GenerationFailed:
+    """Log the exception that is being handled; what the client may know of it."""
+    _log.exception("failed")
+    return GenerationFailed("an internal error; the request id finds it in the server's log")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +73,8 @@ class Job:
 
 
 class Reply(Response):
-    """The response of a completion endpoint. A RequestError before the first byte is raised, later ones are
-    events."""
+    """The response of a completion endpoint. Errors before the first byte are raised, later ones are events: a
+    RequestError, and any other as a server error."""
 
     def __init__(self, job: Job, client: EngineClient, metrics: ApiMetrics, http: HttpConfig) -> None:
         super().__init__()
@@ -120,12 +128,15 @@ class Reply(Response):
         """Write the stream up to its last event, and return that one."""
         try:
             await self._events(generation, writer)
-        except RequestError as error:
+            return self._job.shape.closing(self._job.usage())
+        except ClientGone:
+            raise
+        except Exception as error:
             if not writer.started:
                 raise
-            self._account.note_error(error)
-            return error_event(error)
-        return self._job.shape.closing(self._job.usage())
+            fault = error if isinstance(error, RequestError) else bug()
+            self._account.note_error(fault)
+            return error_event(fault)
 
     async def _events(self, generation: Generation, writer: _Writer) -> None:
         shape, answers = self._job.shape, self._job.answers

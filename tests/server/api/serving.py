@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import pytest
 from openai import AsyncOpenAI
 
+from server.api.answers import Answer
 from server.api.process import serve
 from server.config import Config
-from tests.server.api.fake import FakeCoordinator
+from tests.server.api.deployment import ids
+from tests.server.api.fake import FakeCoordinator, Script
 
 
 @dataclass
@@ -71,6 +74,19 @@ async def served(config: Config) -> AsyncIterator[Served]:
             await asyncio.wait_for(task, 10)
             running.cancel()
             fake.close()
+
+
+def a_bug(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let answers have one token, and the next one raise."""
+    push, (bad,) = Answer.push, ids("b")
+
+    def pushed(answer: Answer, token: int, *others: Any) -> bool:
+        if token == bad:
+            raise ValueError("a secret of the server")
+        return push(answer, token, *others)
+
+    monkeypatch.setattr(Answer, "push", pushed)
+    server.fake.script = Script(tokens=lambda _: ids("ab" * 100), pause=0.05)
 
 
 async def _listening(http: httpx.AsyncClient, task: asyncio.Task[None]) -> None:

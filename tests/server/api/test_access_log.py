@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -9,11 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 
+from server.api.middleware import Observed
 from server.logs import JsonLines
+from server.metrics import ApiMetrics
 from tests.server.api.deployment import ids
 from tests.server.api.fake import Script, failure
-from tests.server.api.serving import Served
+from tests.server.api.serving import Served, a_bug
 
 PROMPT = "a most secret question"
 
@@ -89,6 +93,54 @@ async def test_a_bug_is_logged_with_the_request_id(api: Served, lines: Lines, mo
     failed, line = lines("r")
     assert "TypeError" in failed["exception"] and failed["level"] == "error"
     assert (line["status"], line["outcome"]) == (500, "server_error")
+
+
+async def test_a_bug_in_the_middle(api: Served, lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client gets an error event, the log the exception, and it counts as the server's."""
+    counted = 'polylogit_http_requests_total{outcome="server_error",route="/v1/chat/completions"}'
+    before = await figure(api, counted)
+    a_bug(api, monkeypatch)
+    body = {"messages": [{"role": "user", "content": PROMPT}], "stream": True}
+    text = (await api.http.post("/v1/chat/completions", json=body, headers={"x-request-id": "r"})).text
+    *_, event, done, end = text.split("\n\n")
+    error = json.loads(event.removeprefix("data: "))["error"]
+    assert (error["type"], done, end) == ("server_error", "data: [DONE]", "")
+    assert "secret" not in text
+    await api.fake.idle()
+    failed, line = lines("r")
+    assert "ValueError: a secret of the server" in failed["exception"]
+    assert (line["status"], line["outcome"], line["error"]) == (200, "server_error", error["message"])
+    assert await figure(api, counted) == before + 1
+
+
+async def figure(api: Served, series: str) -> float:
+    found = (line.rpartition(" ") for line in (await api.http.get("/metrics")).text.splitlines())
+    return next(float(value) for name, _, value in found if name == series)
+
+
+@pytest.mark.parametrize(
+    ("started", "end"),
+    [(True, KeyError("bug")), (True, asyncio.CancelledError()), (False, asyncio.CancelledError())],
+    ids=["bug", "cancelled", "cancelled early"],
+)
+async def test_what_ends_early_is_not_ok(api: Served, lines: Lines, started: bool, end: BaseException) -> None:
+    """Of any route; uvicorn cancels what has not ended when its time to stop is over."""
+
+    async def cut_off(scope: Scope, receive: Receive, send: Send) -> None:
+        if started:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise end
+
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    async def send(message: Message) -> None:
+        pass
+
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"x-request-id", b"r")]}
+    with pytest.raises(type(end)):
+        await Observed(cut_off, ApiMetrics(api.config), None)(scope, receive, send)
+    assert lines("r")[-1]["outcome"] == "server_error"
 
 
 async def test_probes_are_for_debug(api: Served, lines: Lines) -> None:

@@ -23,7 +23,7 @@ from tests.otlp import collector, values
 from tests.server.api import test_process
 from tests.server.api.deployment import deployment, ids, write_model
 from tests.server.api.fake import FakeCoordinator, Script, failure
-from tests.server.api.serving import Served, served
+from tests.server.api.serving import Served, a_bug, served
 
 PROMPT = "a most secret question"
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -148,6 +148,16 @@ async def test_errors(
     root = (await finished(spans, name))[name]
     assert dict(root.attributes or {})["error.type"] == kind
     assert root.status.status_code is status
+
+
+async def test_a_bug_in_the_middle(
+    traced: Served, spans: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_bug(traced, monkeypatch)
+    await ask(traced, stream=True)
+    root = (await finished(spans, "chat duo"))["chat duo"]
+    assert dict(root.attributes or {})["error.type"] == "server_error"
+    assert root.status.status_code is StatusCode.ERROR
 
 
 async def test_a_client_that_leaves(traced: Served, spans: InMemorySpanExporter) -> None:
