@@ -89,6 +89,7 @@ class ExpertLink:
         self.state = LinkState.DOWN
         self.owes_report = False
         self.report = None
+        self.load = None  # its cache is gone, and the next worker's is empty
 
     @property
     def lost(self) -> bool:

@@ -47,6 +47,20 @@ def test_wait_goes_on_exactly_where_it_was(tmp_path, rng, models, missing):
     assert [expert.restarts for expert in stats.experts] == [0, 1]
 
 
+def test_a_lost_expert_holds_nothing(tmp_path, rng, models):
+    """Neither while it is down nor when it is back and idle; what it was asked for is counted on."""
+    engines = [FakeEngine(models[0]), FakeEngine(models[1], Behaviour(fail_at=6))]
+    with Deployment(tmp_path, engines, on_expert_loss="fail") as deployment:
+        deployment.submit(request(rng, max_tokens=15))
+        deployment.until_stats(lambda stats: stats.experts[1].kv_used > 0 and stats.experts[1].running > 0)
+        deployment.lose(1)
+        down = deployment.until_stats(lambda stats: not stats.experts[1].up).experts[1]
+        deployment.start(1, FakeEngine(models[1]))
+        back = deployment.until_stats(lambda stats: stats.experts[1].up).experts[1]
+        assert [(expert.kv_used, expert.running) for expert in (down, back)] == [(0.0, 0)] * 2
+        assert down.prefilled_tokens > 0
+
+
 def test_an_expert_may_be_lost_again_and_again(tmp_path, rng, models):
     engines = [FakeEngine(models[0], Behaviour(chunk=8)), FakeEngine(models[1], Behaviour(fail_at=4))]
     with Deployment(tmp_path, engines, on_expert_loss="wait") as deployment:
