@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests import promtool
+
 GRAFANA = Path(__file__).parents[2] / "deploy" / "grafana"
 FILES = sorted((GRAFANA / "dashboards").glob("*.json"))
 TYPES = {"timeseries", "heatmap", "stat", "bargauge"}
@@ -74,6 +76,33 @@ def test_queries_name_metrics_that_exist(dashboard: dict[str, Any], exposed: set
         for target in panel["targets"]:
             found = re.findall(r"\b(?:polylogit|process)_\w+", re.sub(r'"[^"]*"', "", target["expr"]))
             assert found and set(found) <= exposed, target["expr"]
+
+
+@pytest.mark.parametrize(
+    ("dies", "samples", "state"),
+    [("it does not", "1x8", 1), ("it drains", "1x4 0x4", 0), ("it is gone", "1x4 stale", 0)],
+)
+def test_the_state_is_that_of_the_worst_server(tmp_path: Path, dies: str, samples: str, state: int) -> None:
+    """Of two, one of which ends; a query over a range would go on with the last value that it had."""
+    board = json.loads((GRAFANA / "dashboards" / "overview.json").read_text(encoding="utf-8"))
+    [target] = next(panel["targets"] for panel in panels(board) if panel["title"] == "State")
+    assert target["instant"] and not target["range"]
+    series = {
+        'up{job="polylogit", instance="a"}': "1x8",
+        'up{job="polylogit", instance="b"}': "1x4 0x4" if dies == "it is gone" else "1x8",
+        'polylogit_ready{job="polylogit", instance="a"}': "1x8",
+        'polylogit_ready{job="polylogit", instance="b"}': samples,
+    }
+    asked = {
+        "expr": target["expr"].replace("$instance", ".*"),
+        "eval_time": "8m",
+        "exp_samples": [{"labels": "{}", "value": state}],
+    }
+    inputs = [{"series": name, "values": values} for name, values in series.items()]
+    case = {"interval": "1m", "input_series": inputs, "promql_expr_test": [asked]}
+    file = tmp_path / "state.yml"
+    file.write_text(yaml.safe_dump({"tests": [case]}), encoding="utf-8")
+    promtool.run("test", "rules", str(file))
 
 
 def test_provisioning_knows_the_source_that_compose_has() -> None:
