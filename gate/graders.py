@@ -4,7 +4,7 @@
 - numeric[:TOLERANCE]: its last number is the answer's last number (default 1e-6; absolute, or relative above 1)
 - regex[:PATTERN]: the pattern, else the row's "pattern", is found in it
 - json: it is one JSON text (a code fence around it may be there) that satisfies the row's "schema"
-- python[:SECONDS]: its code, then the row's "tests", run to the end in a sandbox (default 10 seconds)
+- python[:SECONDS]: its code, the row's "tests" and what these define run to the end in a sandbox (default 10 seconds)
 - package.module:function: called with (row, text), returns a number from 0 to 1
 
 Knows nothing of models, files or how responses were made.
@@ -20,13 +20,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from gate import unit_tests
 from gate.errors import GateError
 from gate.sandbox import Limits, Sandbox
 
 Row = Mapping[str, Any]
 """One line of a prompts file."""
 
-_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?")
+_WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # commas only between groups of three: (3,4) holds two numbers
+_NUMBER = re.compile(rf"[-+]?(?:{_WHOLE}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 _FENCE = re.compile(r"```[ \t]*[\w+-]*[ \t]*\r?\n(.*?)(?:\r?\n)?```", re.DOTALL)
 _REGEX_SECONDS = 2.0
 
@@ -146,7 +148,7 @@ class Json:
 
         fenced = _FENCE.fullmatch(text.strip())
         try:
-            value = json.loads(fenced[1] if fenced else text)
+            value = json.loads(fenced[1] if fenced else text, parse_constant=_no_json)
         except (ValueError, RecursionError):
             return 0.0
         if (schema := row.get("schema")) is None:
@@ -165,9 +167,10 @@ class Python:
 
     def problem(self, row: Row) -> str | None:
         tests = row.get("tests")
-        if isinstance(tests, list) and tests and all(isinstance(test, str) for test in tests):
-            return None
-        return None if isinstance(tests, str) and tests.strip() else 'has no "tests" (Python code, or a list of it)'
+        lines: list[Any] = tests if isinstance(tests, list) else [tests]
+        if not all(isinstance(line, str) for line in lines) or not "".join(lines).strip():
+            return 'has no "tests" (Python code, or a list of it)'
+        return unit_tests.problem("\n".join(lines))
 
     def __call__(self, row: Row, text: str) -> float:
         fenced = _FENCE.search(text)
@@ -203,6 +206,11 @@ class Imported:
         if not 0.0 <= reward <= 1.0:
             raise GraderError(f"--grader {self._spec}: returned {reward}, not a number from 0 to 1")
         return reward
+
+
+def _no_json(constant: str) -> None:
+    """Python's parser takes NaN and Infinity; JSON has neither."""
+    raise ValueError(constant)
 
 
 def _last_number(text: str) -> float | None:

@@ -2,9 +2,10 @@
 and file sizes, an empty environment, a temporary directory, and, as far as the system permits, no network, no sight of
 other processes and another user.
 
-Passing means that the code and then the tests ran to their end: a random word, which only the child's own last line
-sends, comes back. Printing, `sys.exit(0)` and `os._exit(0)` do not make it come. This protects the machine and is not
-fooled by accidents; code that searches its own process for the word can still cheat.
+Passing means that the code, then the tests, then every unittest.TestCase and every test_ function without arguments
+that the tests define ran to their end: a random word, which only the child's own last line sends, comes back.
+Printing, `sys.exit(0)` and `os._exit(0)` do not make it come. This protects the machine and is not fooled by
+accidents; code that searches its own process for the word can still cheat.
 """
 
 import contextlib
@@ -23,18 +24,46 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+# The code is the module `solution`; to the tests it is `__main__`, so what stands under that guard runs in them only.
 _CHILD = r"""
-import json, os, resource, sys
+import json, os, resource, sys, types
+
+def run(made):
+    for name, value in made:
+        if name.startswith("test_") and callable(value) and bare(value):
+            assert value() in (None, True)
+    if "unittest" in sys.modules:
+        import unittest
+        cases = [value for _, value in made if isinstance(value, type) and issubclass(value, unittest.TestCase)]
+        suite = unittest.TestSuite(map(unittest.defaultTestLoader.loadTestsFromTestCase, cases))
+        outcome = suite.run(unittest.TestResult())
+        assert outcome.wasSuccessful() and not outcome.skipped
+
+def bare(function):
+    import inspect
+    try:
+        inspect.signature(function, follow_wrapped=False).bind()
+        return True
+    except TypeError:
+        return False
+
 job = json.load(sys.stdin)
 for name, most in job.pop("limits").items():
     resource.setrlimit(getattr(resource, name), (most, most))
 verdict, nothing = os.dup(1), os.open(os.devnull, os.O_RDWR)
 for number in (0, 1, 2):
     os.dup2(nothing, number)
-space = {"__name__": "solution"}
+sys.modules["solution"] = sys.modules["__main__"] = module = types.ModuleType("solution")
+space = module.__dict__
 try:
     exec(compile(job["code"], "solution.py", "exec"), space)
+    before = dict(space)
+    space["__name__"] = "__main__"
+    if "unittest" in job["tests"]:
+        import unittest
+        unittest.main = lambda *arguments, **options: None  # its cases run below
     exec(compile(job["tests"], "tests.py", "exec"), space)
+    run([(name, value) for name, value in space.items() if value is not before.get(name)])
 except BaseException:
     os._exit(1)
 os.write(verdict, job["word"].encode())
@@ -57,18 +86,30 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Isolation:
-    """How a child is kept apart from its surroundings. `name`: what a person is told. `namespaces`: no network, its own
-    process numbers. `user`: runs as a user that nothing else belongs to, and may (`reads`, where Python itself
-    could not be read otherwise) read what this one may."""
+    """How a child is kept apart from its surroundings. `namespaces`: no network, its own process numbers. `hides`: a
+    /proc of its own, too, where no other process stands. `user`: runs as a user that nothing else belongs to, and may
+    (`reads`, where Python itself could not be read otherwise) read what this one may."""
 
-    name: str
-    namespaces: bool
-    user: bool
+    namespaces: bool = False
+    hides: bool = False
+    user: bool = False
     reads: bool = False
+
+    @property
+    def name(self) -> str:
+        """What a person is told."""
+        facts = [
+            "no network" if self.namespaces else "the network is NOT cut off",
+            "no sight of other processes" if self.hides else "sees which other processes run",
+            "own user" if self.user else "runs as this user",
+        ]
+        return ", ".join([*facts, "reads all files"] if self.reads else facts)
 
     def command(self, user: int) -> list[str]:
         """What to put before the child's command."""
         prefix = list(_UNSHARE) if self.namespaces else []
+        if self.hides:
+            prefix.append("--mount-proc")
         if self.namespaces and os.getuid():
             prefix.insert(1, "--user")
         if self.user:
@@ -79,12 +120,15 @@ class Isolation:
 
 
 _STRONGEST_FIRST = (
-    Isolation("no network, own process numbers, own user", namespaces=True, user=True),
-    Isolation("no network, own process numbers, own user; reads all files", namespaces=True, user=True, reads=True),
-    Isolation("own user; the network is NOT cut off", namespaces=False, user=True),
-    Isolation("own user, reads all files; the network is NOT cut off", namespaces=False, user=True, reads=True),
-    Isolation("no network, own process numbers; runs as this user", namespaces=True, user=False),
-    Isolation("limits only: the network is NOT cut off, runs as this user", namespaces=False, user=False),
+    Isolation(namespaces=True, hides=True, user=True),
+    Isolation(namespaces=True, hides=True, user=True, reads=True),
+    Isolation(namespaces=True, user=True),
+    Isolation(namespaces=True, user=True, reads=True),
+    Isolation(user=True),
+    Isolation(user=True, reads=True),
+    Isolation(namespaces=True, hides=True),
+    Isolation(namespaces=True),
+    Isolation(),
 )
 
 

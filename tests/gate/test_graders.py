@@ -26,6 +26,10 @@ TESTS = ["assert double(3) == 6", "assert double(0) == 0"]
         ("numeric:0.01", {"answer": "3.14159"}, "3.14", 1.0),
         ("numeric:0.0001", {"answer": "3.14159"}, "3.14", 0.0),
         ("numeric", {"answer": "5"}, "9" * 400, 0.0),
+        ("numeric", {"answer": "(3,4)"}, "34", 0.0),
+        ("numeric", {"answer": "(3,4)"}, "(2, 3,4)", 1.0),
+        ("numeric", {"answer": "1,234,567.5"}, "1234567.5", 1.0),
+        ("numeric", {"answer": "2345"}, "1,2345", 1.0),
         ("regex", {"pattern": r"^yes\b"}, "yes, it is", 1.0),
         ("regex", {"pattern": r"^yes\b"}, "oh yes", 0.0),
         (r"regex:\d{3}", {}, "call 112", 1.0),
@@ -33,6 +37,8 @@ TESTS = ["assert double(3) == 6", "assert double(0) == 0"]
         ("json", {}, "```json\n[1]\n```", 1.0),
         ("json", {}, '{"a": 1', 0.0),
         ("json", {}, "[" * 100_000, 0.0),
+        ("json", {}, "NaN", 0.0),
+        ("json", {}, '{"a": -Infinity}', 0.0),
         ("json", {"schema": {"required": ["a"]}}, '{"b": 1}', 0.0),
         ("json", {"schema": {"required": ["a"]}}, '{"a": 1}', 1.0),
         ("tests.gate.test_graders:half", {"id": "x"}, "anything", 0.5),
@@ -90,6 +96,11 @@ def test_a_function_that_misbehaves_is_named(name, words):
         ("json", {"schema": {"type": "nonsense"}}),
         ("python", {"tests": []}),
         ("python", {"tests": 7}),
+        ("python", {"tests": "assert double(3) =="}),
+        ("python", {"tests": "import math\ndef check(candidate):\n    assert candidate(3) == 6"}),
+        ("python", {"tests": "def test_double(value):\n    assert double(value) == 6"}),
+        ("python", {"tests": "class TestDouble:\n    def test(self):\n        assert double(3) == 6"}),
+        ("python", {"tests": "async def test_double():\n    assert double(3) == 6"}),
     ],
 )
 def test_rows_that_cannot_be_graded(spec, row):
@@ -120,6 +131,47 @@ def python():
 def test_code(python, text, reward):
     assert python({"tests": TESTS}, text) == reward
     assert python({"tests": "\n".join(TESTS)}, text) == reward
+
+
+CASE = "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(double(3), 6)\n"
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        CASE,
+        f"{CASE}unittest.main()",
+        f"{CASE}unittest.main(exit=False)",
+        f"{CASE}if __name__ == '__main__':\n    unittest.main()",
+        "from unittest import TestCase, main\nclass T(TestCase):\n    def test(self): assert double(3) == 6\nmain()",
+        f"{CASE}wanted = None\ndef setUpModule():\n    global wanted\n    wanted = 6\n"
+        "class U(unittest.TestCase):\n    def test(self): self.assertEqual(double(3), wanted)",
+        "def test_double():\n    assert double(3) == 6",
+        "def test_double():\n    return double(3) == 6",
+        "def test_double(value, wanted):\n    assert double(value) == wanted\ntest_double(3, 6)",
+        "from unittest.mock import patch\n@patch('os.getcwd')\ndef test_double(mocked):\n    assert double(3) == 6",
+        "if __name__ == '__main__':\n    assert double(3) == 6",
+        "from solution import double as found\nassert found(3) == 6",
+    ],
+)
+def test_what_the_tests_define_is_run(python, tests):
+    assert python.problem({"tests": tests}) is None
+    assert python({"tests": tests}, DOUBLE) == 1.0
+    for wrong in ("return x * x * x", "raise SystemExit(0)", "import unittest; raise unittest.SkipTest"):
+        assert python({"tests": tests}, f"def double(x):\n    {wrong}") == 0.0
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        f"{DOUBLE}\nif __name__ == '__main__':\n    print(double(int(input())))",
+        f"{DOUBLE}\ndef test_of_its_own():\n    assert False",
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n"
+        "def double(x): return A(2 * x).x",
+    ],
+)
+def test_what_the_code_keeps_to_itself_is_not_run(python, code):
+    assert python({"tests": TESTS}, code) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -211,6 +263,15 @@ def test_no_network():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         assert not sandbox.passes(f"import socket; socket.create_connection(('127.0.0.1', {port}), timeout=5)", "")
+
+
+def test_no_sight_of_other_processes():
+    sandbox = Sandbox(Limits(seconds=20.0))
+    if not sandbox.isolation.hides:
+        assert "sees which other processes run" in sandbox.isolation.name
+        pytest.skip("this system permits no /proc of its own; the grader says so when it starts")
+    count = "import os\nassert sum(name.isdigit() for name in os.listdir('/proc')) <= 2"
+    assert sandbox.passes(count, "")
 
 
 def _stay(name):
