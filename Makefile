@@ -32,10 +32,10 @@ format: .venv/ready-to-test
 
 # What serving needs. torch's CPU build is not on PyPI: take it from where pip is configured to look, else from PyTorch's
 # own index.
-.venv/ready: docker/requirements/cpu.txt pyproject.toml
+.venv/ready: docker/requirements/cpu.txt docker/requirements/build.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q $(TORCH) || $(BIN)/pip install -q --index-url https://download.pytorch.org/whl/cpu $(TORCH)
-	$(BIN)/pip install -q --no-deps -r docker/requirements/cpu.txt
+	$(BIN)/pip install -q --no-deps -r docker/requirements/cpu.txt -r docker/requirements/build.txt
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 

