@@ -1,4 +1,4 @@
-"""Reads the compose files as Docker Compose would, as far as they use it: variables, merge keys, short volumes."""
+"""Reads the compose files as Docker Compose would, as far as they use it: variables, merge keys, volumes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,16 @@ def _filled(node: Any, environment: dict[str, str]) -> Any:
 
 
 def mounts(service: dict[str, Any]) -> list[Mount]:
-    return [Mount(*volume.split(":")[:2]) for volume in service.get("volumes", [])]
+    return [_mount(volume) for volume in service.get("volumes", [])]
+
+
+def _mount(volume: str | dict[str, Any]) -> Mount:
+    """In the long form a path may begin with anything; in the short one, what has no slash before it is a volume."""
+    if isinstance(volume, str):
+        return Mount(*volume.split(":")[:2])
+    source = volume["source"]
+    relative = volume["type"] == "bind" and not source.startswith(("/", "./"))
+    return Mount(f"./{source}" if relative else source, volume["target"])
 
 
 def seconds(duration: str) -> float:

@@ -140,6 +140,20 @@ def test_what_is_mounted_exists(service: dict[str, Any]) -> None:
             assert mount.source in volumes
 
 
+@pytest.mark.parametrize("name", ["server", "api", *EXPERTS])
+@pytest.mark.parametrize("given", ["./mine.yaml", "mine.yaml", "../mine.yaml", "/srv/mine.yaml"])
+def test_paths_of_the_user_are_mounted_as_they_are(name: str, given: str) -> None:
+    """However they are written; Docker makes none that is missing, and the container changes none."""
+    file = "compose.yaml" if name == "server" else "compose.two-hosts.yaml"
+    service = load(file, POLYLOGIT_CONFIG=given, POLYLOGIT_MODELS="models")["services"][name]
+    binds = {volume["target"]: volume for volume in service["volumes"] if isinstance(volume, dict)}
+    assert set(binds) == {"/etc/polylogit/polylogit.yaml", "/models"}
+    for bind in binds.values():
+        assert (bind["type"], bind["read_only"], bind["bind"]["create_host_path"]) == ("bind", True, False)
+    if not given.startswith("/"):
+        assert here(service, "/etc/polylogit/polylogit.yaml").resolve() == (DEPLOY / given).resolve()
+
+
 @pytest.mark.parametrize("name", [*SERVING, *EXPERTS])
 def test_the_grace_period_outlasts_the_drain(name: str) -> None:
     """Docker kills what has not ended by then."""
