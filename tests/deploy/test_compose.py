@@ -17,6 +17,7 @@ import yaml
 from server import supervisor
 from server.check import check
 from server.config import Config, load_config
+from server.errors import StartError
 from server.remote.handshake import KEY_VARIABLE
 from tests.deploy.compose import DEPLOY, ROOT, here, load, mounts, seconds
 
@@ -67,6 +68,7 @@ def test_docker_compose_reads_it(profile: str) -> None:
     if (program := shutil.which("docker-compose")) is None:
         pytest.skip("Docker Compose's docker-compose is not installed")
     names = ["compose.yaml"] if profile in ("cpu", "gpu") else ["compose.yaml", "compose.two-hosts.yaml"]
+    names += {"gpu": ["compose.keys.yaml"], "api": ["compose.two-hosts.keys.yaml"]}.get(profile, [])
     files = [argument for name in names for argument in ("-f", DEPLOY / name)]
     command = [program, *files, "--profile", profile, "config", "--format", "json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -191,22 +193,47 @@ def test_what_watches_finds_what_it_watches() -> None:
     assert source["url"] == "http://prometheus:9090"
 
 
-def test_keys_come_from_files() -> None:
-    """compose.keys.yaml gives each service the file whose path its own configuration has, commented out."""
-    keys = load("compose.keys.yaml")
-    for name, file in [("server", "gpu.yaml"), ("prometheus", "prometheus/prometheus.yml")]:
-        [secret] = keys["services"][name]["secrets"]
-        assert f"/run/secrets/{secret}" in (DEPLOY / file).read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    ("file", "name", "configured"),
+    [("compose.keys.yaml", "server", "gpu.yaml"), ("compose.two-hosts.keys.yaml", "api", "two-hosts.yaml")],
+)
+def test_keys_come_from_files(file: str, name: str, configured: str) -> None:
+    """Each service is given the file whose path its own configuration has, commented out."""
+    keys = load(file)
+    assert set(keys["services"]) == {name, "prometheus"} <= set(SERVICES)
+    for one, place in [(name, configured), ("prometheus", "prometheus/prometheus.yml")]:
+        [secret] = keys["services"][one]["secrets"]
+        [line] = [line for line in (DEPLOY / place).read_text(encoding="utf-8").splitlines() if secret in line]
+        assert "# " in line and f"/run/secrets/{secret}" in line
         assert "file" in keys["secrets"][secret]
+
+
+def test_the_other_host_needs_no_api_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configuration is the same on both; only where the API is are its keys."""
+    monkeypatch.setenv(KEY_VARIABLE, "k" * 32)
+    text = (DEPLOY / "two-hosts.yaml").read_text(encoding="utf-8").replace("# api_keys_file:", "api_keys_file:")
+    (tmp_path / "two-hosts.yaml").write_text(text, encoding="utf-8")
+    given = load_config(tmp_path / "two-hosts.yaml")
+    assert given.http.api_keys_file == "/run/secrets/polylogit_keys"
+    assert check(with_models_of_the_demo(given), "10.0.0.2")
+    with pytest.raises(StartError, match=r"^http\.api_keys_file: no file at /run/secrets/polylogit_keys$"):
+        check(with_models_of_the_demo(given))
+
+
+def with_models_of_the_demo(given: Config) -> Config:
+    """In place of the user's; the cluster key from the environment."""
+    models = zip(given.experts, ["math", "text", "chat"], strict=True)
+    experts = [
+        msgspec.structs.replace(one, model=str(DEPLOY / "demo" / "experts" / name), max_model_len=None)
+        for one, name in models
+    ]
+    return msgspec.structs.replace(given, experts=experts, cluster_key_file=None)
 
 
 @pytest.mark.parametrize("host", [None, "10.0.0.2"])
 def test_two_hosts_pass_the_check(host: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of either host, with the demo's models in place of the user's."""
     monkeypatch.setenv(KEY_VARIABLE, "k" * 32)
-    given = configuration(SERVICES["api"])
-    models = zip(given.experts, ["math", "text", "chat"], strict=True)
-    experts = [msgspec.structs.replace(one, model=f"demo/experts/{name}", max_model_len=None) for one, name in models]
-    lines = check(msgspec.structs.replace(given, experts=experts, cluster_key_file=None), host)
+    lines = check(with_models_of_the_demo(configuration(SERVICES["api"])), host)
     assert "devices: no conflicts" in lines
     assert "cluster key: given" in lines
