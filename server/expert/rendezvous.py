@@ -97,9 +97,10 @@ class V2Rendezvous(Rendezvous, V2LogitsProcessor):
         return True
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
-        # Without speculative decoding there is one row a request and the host-side upper bound is exact.
+        # Without speculative decoding there is one row a request and the host-side upper bound is exact. The bounds are
+        # padded with zeros to the CUDA graph's size, whatever the interface says of their length.
         slots = self._slots[ctx.idx_mapping_np]
-        return self._force(slots, ctx.seq_lens_upper_bound_np.astype(np.int32), logits)
+        return self._force(slots, ctx.seq_lens_upper_bound_np[: len(slots)].astype(np.int32), logits)
 
 
 def _slot(params: SamplingParams) -> int:

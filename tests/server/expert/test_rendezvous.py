@@ -43,7 +43,7 @@ class Decider:
 
     def __call__(self, slots, positions, logits):
         assert slots.dtype == positions.dtype == np.int32
-        assert logits.shape == (len(slots), VOCABULARY)
+        assert logits.shape == (len(slots), VOCABULARY) and positions.shape == slots.shape
         self.asked.append(list(zip(slots.tolist(), positions.tolist(), strict=True)))
         return self.choose(slots, positions)
 
@@ -181,10 +181,15 @@ def test_a_request_of_somebody_else_has_no_slot(rendezvous):
     assert decider.asked[-1] == [(-1, 1)]
 
 
+GRAPHS = (1, 2, 4, 8)
+"""Sizes that CUDA graphs are captured for."""
+
+
 def context(indices, lengths) -> SimpleNamespace:
-    return SimpleNamespace(
-        idx_mapping_np=np.array(indices, np.int32), seq_lens_upper_bound_np=np.array(lengths, np.int64)
-    )
+    """As vLLM's runner fills it: under a full CUDA graph the lengths, and they alone, are padded to the graph's size."""
+    padded = np.zeros(min(size for size in GRAPHS if size >= len(lengths)), np.int32)
+    padded[: len(lengths)] = lengths
+    return SimpleNamespace(idx_mapping_np=np.array(indices, np.int32), seq_lens_upper_bound_np=padded)
 
 
 def test_v2_rows_are_named_by_the_context_and_slots_are_recycled(rendezvous):
