@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 from pathlib import Path
@@ -11,13 +12,16 @@ from gate.contract import CheckpointError, mismatches, read_contract, sha256_fil
 from server.config import Config, ExpertConfig
 from server.errors import StartError, UnreachableError
 from server.model_files import ModelFiles, read_model_files
-from server.placement import expert_cpus
+from server.placement import expert_cpus, expert_gpus
 from server.remote.dialer import dialers
 from server.remote.handshake import load_key
 
+_NVML = "libnvidia-ml.so.1"
+
 
 def check(config: Config, host: str | None = None) -> list[str]:
-    """Validate `config`; a line for each thing found right. Raises StartError for the first that is wrong.
+    """Validate `config`; a line for each thing found right, or that could not be looked at (it has "warning" in it).
+    Raises StartError for the first that is wrong.
 
     `host`: the one that this is, if it is not the one that runs `polylogit serve`.
     """
@@ -30,6 +34,7 @@ def check(config: Config, host: str | None = None) -> list[str]:
     vocabulary = _one_vocabulary(files)
     lines.append(f"vocabulary: the same in all experts ({vocabulary[:12]})")
     lines.append(_check_devices(config, host))
+    lines += _check_gpus(config, host)
     if any(expert.address is not None for expert in config.experts):
         load_key(config)
         lines.append("cluster key: given")
@@ -117,6 +122,35 @@ def _check_devices(config: Config, host: str | None) -> str:
             if (other := taken.setdefault((expert.host, gpu), expert.name)) != expert.name:
                 raise StartError(f"expert {expert.name}: gpus: {gpu} is also expert {other}'s")
     return "devices: no conflicts"
+
+
+def _check_gpus(config: Config, host: str | None) -> list[str]:
+    """Every GPU that an expert of this host takes is there, if there is a driver to ask."""
+    placed = zip(config.experts, expert_gpus(config), strict=True)
+    taken = {gpu: expert.name for expert, gpus in placed if expert.host == host for gpu in gpus}
+    if not taken:
+        return []
+    if (count := gpu_count()) is None:
+        names = ", ".join(dict.fromkeys(taken.values()))
+        return [f"gpus: warning: cannot see any GPU driver: those of {names} not checked"]
+    if absent := sorted(gpu for gpu in taken if gpu >= count):
+        raise StartError(f"expert {taken[absent[0]]}: gpus: there is no GPU {absent[0]} (found: {count})")
+    return [f"gpus: {len(taken)} of {count}"]
+
+
+def gpu_count() -> int | None:
+    """GPUs that this host, or container, has; None if no driver answers. By the driver's own library, counted as
+    experts see them: torch would take seconds, and no package is needed."""
+    try:
+        nvml = ctypes.CDLL(_NVML)
+    except OSError:
+        return None
+    if nvml.nvmlInit_v2() != 0:
+        return None
+    count = ctypes.c_uint()
+    failed = nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0
+    nvml.nvmlShutdown()
+    return None if failed else count.value
 
 
 def _check_gate(config: Config, vocabulary: str, hidden_sizes: list[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -126,6 +127,72 @@ def test_two_experts_on_one_gpu(folder):
     ]
     given = parse_config({"name": "demo", "experts": experts}, directory=folder)
     assert problem(given) == "expert text: gpus: 1 is also expert math's"
+
+
+class Nvml:
+    """The driver's library, where `count` GPUs are; None: its kernel module does not answer."""
+
+    def __init__(self, count: int | None) -> None:
+        self.count = count
+        self.open = 0
+
+    def nvmlInit_v2(self) -> int:
+        self.open += self.count is not None
+        return 0 if self.count is not None else 9
+
+    def nvmlDeviceGetCount_v2(self, count) -> int:
+        assert self.open
+        count._obj.value = self.count
+        return 0
+
+    def nvmlShutdown(self) -> int:
+        self.open -= 1
+        return 0
+
+
+def on_gpus(folder: Path) -> Config:
+    """Two experts on GPUs here, math on 2 and text on the next free ones; a third elsewhere."""
+    experts = [
+        {"name": "math", "model": "math", "device": "cuda", "gpus": [2]},
+        {"name": "text", "model": "text", "device": "cuda", "tensor_parallel_size": 2},
+        {"name": "chat", "model": "chat", "device": "cuda", "gpus": [7], "address": "10.0.0.2:8100"},
+    ]
+    (folder / "key").write_text("k" * 64)
+    data = {"name": "demo", "experts": experts, "cluster_key_file": "key"}
+    return parse_config(data, directory=folder)
+
+
+@pytest.mark.parametrize(
+    ("count", "host", "found"),
+    [
+        (3, None, "gpus: 3 of 3"),
+        (8, "10.0.0.2", "gpus: 1 of 8"),
+        (2, None, "expert math: gpus: there is no GPU 2 (found: 2)"),
+        (1, None, "expert text: gpus: there is no GPU 1 (found: 1)"),
+        (3, "10.0.0.2", "expert chat: gpus: there is no GPU 7 (found: 3)"),
+        (None, None, "gpus: warning: cannot see any GPU driver: those of math, text not checked"),
+    ],
+)
+def test_gpus_are_counted(folder, monkeypatch, count, host, found):
+    """Those of the host that this is; also those that an expert takes without naming them."""
+    driver = Nvml(count)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    if found.startswith("expert"):
+        with pytest.raises(StartError) as raised:
+            check(on_gpus(folder), host)
+        assert str(raised.value) == found
+    else:
+        assert found in check(on_gpus(folder), host)
+    assert not driver.open
+
+
+def test_a_host_without_a_driver(folder, monkeypatch):
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert "gpus: warning: cannot see any GPU driver: those of math, text not checked" in check(on_gpus(folder))
+    assert not [line for line in check(config(folder)) if line.startswith("gpus")]
 
 
 def test_a_core_that_is_not_there(folder):
