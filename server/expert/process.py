@@ -118,7 +118,15 @@ def _door(config: Config, expert: ExpertConfig, listener: socket.socket) -> Door
 
 def environment(expert: ExpertConfig, place: Placement) -> dict[str, str]:
     """Environment variables that must be set before torch and vLLM are imported."""
-    chosen = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    chosen = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        # The ranks of an expert share a host. Left alone, each process group, also one of a single rank, listens on the
+        # address that the host's name resolves to.
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+    }
     if expert.tensor_parallel_size > 1:
         chosen |= _rank_environment(place, expert.tensor_parallel_size)
     if expert.device == "cuda":
