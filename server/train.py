@@ -182,6 +182,8 @@ def _settings(options: argparse.Namespace, responses: int) -> dict[str, Any]:
     """All that decides what is trained, for telling whether an interrupted training is this one."""
     given = {key: value for key, value in vars(options).items() if key not in _NOT_SETTINGS}
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
+    if options.prompts is not None:
+        settings["prompts"] = sha256_file(options.prompts)  # their text counts, not where it is
     recorded = {"recorded": sha256_file(options.traces / MANIFEST), "recorded_responses": responses}
     return settings | recorded
 

@@ -124,9 +124,8 @@ def test_the_same_seed_gives_the_same_gate(config: Path, traces: Path) -> None:
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_an_interrupted_training_goes_on_and_another_one_does_not(
-    config: Path, traces: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def interrupt(patched: pytest.MonkeyPatch) -> None:
+    """As Ctrl+C just after the first measurement."""
     from server import training_log
 
     save = training_log.TrainingLog.save
@@ -135,8 +134,14 @@ def test_an_interrupted_training_goes_on_and_another_one_does_not(
         save(self)
         raise KeyboardInterrupt
 
+    patched.setattr(training_log.TrainingLog, "save", interrupted)
+
+
+def test_an_interrupted_training_goes_on_and_another_one_does_not(
+    config: Path, traces: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(training_log.TrainingLog, "save", interrupted)
+        interrupt(patched)
         assert train(config, traces, "--updates", "100") == 130
     assert not (traces.parent / "gate.pt").exists()
     capsys.readouterr()
@@ -146,6 +151,20 @@ def test_an_interrupted_training_goes_on_and_another_one_does_not(
     assert "going on at broadcast 50" in capsys.readouterr().err
     steps = [line.split(",")[1] for line in (traces.parent / "gate.training" / "curves.csv").read_text().splitlines()]
     assert steps == ["step", "50", "100"]
+
+
+def test_other_prompts_in_the_same_file_are_another_training(
+    config: Path, traces: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = traces.parent / "prompts.jsonl"
+    prompts.write_text('{"id": "a", "messages": [{"role": "user", "content": "1"}], "answer": "1"}\n')
+    refined = ("--updates", "100", "--refine-steps", "1", "--prompts", str(prompts), "--grader", "exact")
+    interrupt(monkeypatch)
+    assert train(config, traces, *refined) == 130
+    prompts.write_text(prompts.read_text().replace('"1"', '"2"'))
+    capsys.readouterr()
+    assert train(config, traces, *refined) == 1
+    assert "is of another training: prompts was " in capsys.readouterr().err
 
 
 def edit_manifest(traces: Path, **changes: Any) -> None:
