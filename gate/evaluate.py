@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gate.errors import GateError
 from gate.graders import Grader
+from gate.prompts import PromptsError, numbered_rows
 
 TIMEOUT_SECONDS = 300.0
 FORMAT = 1
@@ -36,8 +37,17 @@ class Question:
 
     number: str
     domain: str
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     row: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a model answered to one question. `cut`: it ended at its most tokens."""
+
+    text: str
+    tokens: int
+    cut: bool
 
 
 class Answers(msgspec.Struct):
@@ -48,6 +58,7 @@ class Answers(msgspec.Struct):
     tokens: int = 0
     seconds: float = 0.0
     served_by: str = ""  # the model name that was asked
+    cut: int = 0  # answers that ended at their most tokens: wrong, whatever they say
 
 
 class Results(msgspec.Struct):
@@ -64,32 +75,27 @@ class Results(msgspec.Struct):
 
 
 def read_questions(path: Path, limit: int | None = None) -> list[Question]:
-    """Questions of a JSON-lines file: {"messages", and optionally "id", "domain", and what the grader needs}.
-
-    Raises EvaluationError naming the line.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()[:limit]
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    found = []
-    for number, line in enumerate(lines):
-        try:
-            row = json.loads(line)
-            question = Question(str(row.get("id", number)), row.get("domain", "all prompts"), row["messages"], row)
-        except (ValueError, KeyError, AttributeError) as error:
-            raise EvaluationError(f"{path}:{number + 1}: not a prompt with messages: {error!r}") from None
-        found.append(question)
-    if not found:
-        raise EvaluationError(f"{path}: holds no prompt")
-    return found
+    """The first `limit` questions of a prompts file: {"messages", and optionally "id", "domain", "tools", and what the
+    grader needs}. Raises PromptsError naming the line."""
+    found: dict[str, Question] = {}
+    for line, row in numbered_rows(path, limit):
+        number, domain = str(row.get("id", len(found))), row.get("domain", "all prompts")
+        if not isinstance(row.get("messages"), list) or not isinstance(domain, str):
+            raise PromptsError(f'{path}:{line}: a prompt needs "messages" (a list); its "domain" is a string')
+        if number in found:
+            raise PromptsError(f"{path}:{line}: the id {number!r} was there before")
+        found[number] = Question(number, domain, row["messages"], row)
+    return list(found.values())
 
 
-def graded(grader: Grader, questions: list[Question], texts: list[str]) -> list[int]:
-    """1 for each text that `grader` gives at least one half, else 0."""
+def graded(grader: Grader, questions: list[Question], replies: list[Reply]) -> list[int]:
+    """1 for each reply that `grader` gives at least one half, else 0, as for one that was cut."""
+
+    def reward(question: Question, reply: Reply) -> float:
+        return 0.0 if reply.cut else grader(question.row, reply.text)
+
     with ThreadPoolExecutor(grader.workers) as threads:
-        rewards = threads.map(grader, [question.row for question in questions], texts)
-        return [int(reward >= 0.5) for reward in rewards]
+        return [int(given >= 0.5) for given in threads.map(reward, questions, replies)]
 
 
 def new_results(path: Path, questions: list[Question], grader: str) -> Results:
@@ -128,9 +134,14 @@ def key_header() -> dict[str, str]:
     return {"authorization": f"Bearer {key}"} if key else {}
 
 
-async def ask(client: httpx.AsyncClient, model: str, question: Question, max_tokens: int) -> tuple[str, int]:
-    """One greedy chat completion: (text, tokens). Raises EvaluationError with the server's reply when refused."""
+async def ask(client: httpx.AsyncClient, model: str, question: Question, max_tokens: int) -> Reply:
+    """One greedy chat completion. The row's tools are shown, as in a recording, but what calls them is text to grade.
+
+    Raises EvaluationError with the server's reply when refused.
+    """
     body = {"model": model, "messages": question.messages, "temperature": 0, "max_tokens": max_tokens}
+    if "tools" in question.row:
+        body |= {"tools": question.row["tools"], "tool_choice": "none"}
     try:
         response = await client.post("chat/completions", json=body)
     except httpx.HTTPError as error:
@@ -138,7 +149,8 @@ async def ask(client: httpx.AsyncClient, model: str, question: Question, max_tok
     if response.is_error:
         raise EvaluationError(f"{model}, prompt {question.number}: {response.status_code} {response.text[:300]}")
     reply = response.json()
-    return reply["choices"][0]["message"]["content"] or "", reply.get("usage", {}).get("completion_tokens", 0)
+    choice, tokens = reply["choices"][0], reply.get("usage", {}).get("completion_tokens", 0)
+    return Reply(choice["message"]["content"] or "", tokens, choice.get("finish_reason") == "length")
 
 
 async def answers(
@@ -155,7 +167,7 @@ async def answers(
     places = asyncio.Semaphore(concurrency)
     began = time.perf_counter()
 
-    async def guarded(question: Question) -> tuple[str, int]:
+    async def guarded(question: Question) -> Reply:
         async with places:
             reply = await ask(client, model, question, max_tokens)
         progress()
@@ -163,24 +175,48 @@ async def answers(
 
     replies = await asyncio.gather(*map(guarded, questions))
     seconds = time.perf_counter() - began
-    texts = [text for text, _ in replies]
-    right = await asyncio.to_thread(graded, grader, questions, texts)
-    return Answers(texts, right, sum(tokens for _, tokens in replies), round(seconds, 2), model)
+    right = await asyncio.to_thread(graded, grader, questions, replies)
+    return Answers(
+        texts=[reply.text for reply in replies],
+        right=right,
+        tokens=sum(reply.tokens for reply in replies),
+        seconds=round(seconds, 2),
+        served_by=model,
+        cut=sum(reply.cut for reply in replies),
+    )
 
 
 async def served_models(client: httpx.AsyncClient) -> list[str]:
-    """What the endpoint offers. Raises EvaluationError."""
+    """What the endpoint offers; of a polylogit deployment not its bare name, which is one of its NAME:POLICY. Raises
+    EvaluationError."""
     try:
         response = (await client.get("models")).raise_for_status()
     except httpx.HTTPError as error:
         raise EvaluationError(f"{client.base_url}: {error or type(error).__name__}") from None
-    return [model["id"] for model in response.json()["data"]]
+    cards = response.json()["data"]
+    bare = {card.get("parent") for card in cards if card.get("owned_by") == "polylogit"}
+    return [card["id"] for card in cards if card["id"] not in bare]
 
 
 def labelled(models: list[str]) -> dict[str, str]:
-    """`MODEL` or `MODEL=LABEL` arguments as {label: model}."""
-    pairs = [argument.partition("=") for argument in models]
-    return {label or model: model for model, _, label in pairs}
+    """`MODEL` or `MODEL=LABEL` arguments as {label: model}. Raises EvaluationError if two have one label."""
+    found: dict[str, str] = {}
+    for model, _, label in (argument.partition("=") for argument in models):
+        if (name := label or model) in found:
+            raise EvaluationError(f"--models: two rows would be labelled {name!r}")
+        found[name] = model
+    return found
+
+
+def _missing(wanted: dict[str, str], results: Results) -> dict[str, str]:
+    """Those of `wanted`, label -> model, that have no answers yet. Raises EvaluationError if a label's are another
+    model's."""
+    for label, model in wanted.items():
+        if label in results.models and (before := results.models[label].served_by) != model:
+            raise EvaluationError(
+                f"the answers labelled {label!r} are of {before}, not of {model}; label one otherwise"
+            )
+    return {label: model for label, model in wanted.items() if label not in results.models}
 
 
 async def evaluate(
@@ -198,11 +234,9 @@ async def evaluate(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     base = url.rstrip("/") + "/"
     async with httpx.AsyncClient(base_url=base, headers=key_header(), timeout=TIMEOUT_SECONDS) as client:
-        wanted = labelled(models or await served_models(client))
+        missing = _missing(labelled(models or await served_models(client)), results)
         with Progress(*columns) as bar:
-            for label, model in wanted.items():
-                if label in results.models:
-                    continue
+            for label, model in missing.items():
                 task = bar.add_task(label, total=len(questions))
                 results.models[label] = await answers(
                     client,

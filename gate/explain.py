@@ -102,7 +102,7 @@ def write_png(answer: Answer, path: Path) -> None:
     width = min(TOKENS_A_ROW, len(answer.tokens))
     size = (max(5.0, 0.55 * width + 1.2), 0.9 + 1.7 * len(starts))
     figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(f"{answer.model}: {_ellipsis(answer.prompt, 90)}", fontsize=10)
+    figure.suptitle(f"{answer.model}: {_ellipsis(answer.prompt, 90)}", fontsize=10, parse_math=False)
     panels = figure.subplots(2 * len(starts), 1, squeeze=False, height_ratios=[1.0, 0.8] * len(starts))[:, 0]
     for row, start in enumerate(starts):
         tokens = answer.tokens[start : start + TOKENS_A_ROW]
@@ -146,7 +146,7 @@ def _draw_tokens(panel: Any, answer: Answer, tokens: list[Token], width: int) ->
         shown = _ellipsis(_shown(token.text), 8)
         panel.text(
             place, 0.5, shown, ha="center", va="center", family="monospace", weight="bold", color="white",
-            fontsize=13 if len(shown) <= 3 else 8,
+            fontsize=13 if len(shown) <= 3 else 8, parse_math=False,
         )  # fmt: skip
     panel.set(xlim=(-0.6, width - 0.4), ylim=(0, 1), xticks=[], yticks=[0, 1])
     panel.set_ylabel("share", fontsize=8)

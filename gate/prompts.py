@@ -15,15 +15,15 @@ class PromptsError(GateError):
 
 def read_prompts(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
     """The first `limit` rows of a prompts file (None: all). Raises PromptsError."""
-    rows = read_rows(path, limit)
+    rows = numbered_rows(path, limit)
     seen: set[str] = set()
-    for number, row in enumerate(rows, 1):
+    for number, row in rows:
         if not isinstance(row.get("id"), str) or not isinstance(row.get("messages"), list):
             raise PromptsError(f'{path}:{number}: a prompt needs "id" (a string) and "messages" (a list)')
         if row["id"] in seen:
             raise PromptsError(f"{path}:{number}: the id {row['id']!r} was there before")
         seen.add(row["id"])
-    return rows
+    return [row for _, row in rows]
 
 
 def check_gradable(rows: list[dict[str, Any]], grader: Grader) -> None:
@@ -33,16 +33,17 @@ def check_gradable(rows: list[dict[str, Any]], grader: Grader) -> None:
             raise PromptsError(f"prompt {row['id']!r} {problem}")
 
 
-def read_rows(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; empty lines are left out. Raises PromptsError."""
-    rows: list[dict[str, Any]] = []
+def numbered_rows(path: Path, limit: int | None = None) -> list[tuple[int, dict[str, Any]]]:
+    """(line, object) of the first `limit` objects in a file of JSON lines; empty lines are left out. Raises
+    PromptsError."""
+    rows: list[tuple[int, dict[str, Any]]] = []
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if len(rows) == limit:
                     break
                 if line.strip():
-                    rows.append(_object(path, number, line))
+                    rows.append((number, _object(path, number, line)))
     except (OSError, UnicodeDecodeError) as error:
         raise PromptsError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not rows:

@@ -101,11 +101,11 @@ def plot(table: Table, path: Path) -> None:
         means = [cell.mean for cell in cells]
         reach = [[c.mean - c.low for c in cells], [c.high - c.mean for c in cells]]
         panel.errorbar(means, places, xerr=reach, fmt="o", markersize=4, capsize=2, linewidth=1.2, color="#22577a")
-        panel.set_title(column, fontsize=10)
+        panel.set_title(column, fontsize=10, parse_math=False)
         panel.set_xlim(-0.04, 1.04)
         panel.grid(axis="both", linewidth=0.4, color="#cccccc")
         panel.tick_params(labelsize=8)
-    panels[0].set_yticks(list(places), labels)
+    panels[0].set_yticks(list(places), labels, parse_math=False)
     panels[0].invert_yaxis()
     figure.supxlabel(f"share of right answers, {CONFIDENCE:.0%} interval", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)

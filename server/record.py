@@ -22,7 +22,7 @@ from rich.table import Table
 
 from gate.contract import sha256_file
 from gate.graders import Grader, load_grader
-from gate.prompts import PromptsError, check_gradable, read_prompts, read_rows
+from gate.prompts import PromptsError, check_gradable, numbered_rows, read_prompts
 from gate.traces import FORMAT_VERSION, Manifest, Response, TraceWriter
 from server.check import check
 from server.config import Config
@@ -175,7 +175,7 @@ def _given(rows: list[dict[str, Any]], options: argparse.Namespace) -> list[list
             texts.append(("answer", row["answer"]))
     if options.responses is not None:
         place = {row["id"]: number for number, row in enumerate(rows)}
-        for number, line in enumerate(read_rows(options.responses), 1):
+        for number, line in numbered_rows(options.responses):
             if line.get("id") not in place or not isinstance(line.get("response"), str):
                 needed = 'needs the "id" of a prompt and "response" (a string)'
                 raise PromptsError(f"{options.responses}:{number}: {needed}")

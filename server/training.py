@@ -26,12 +26,12 @@ def _add_record(commands: Any) -> None:
     record.add_argument("--gate", type=Path, help="also draw with this gate checkpoint")
     record.add_argument("--answers", action="store_true", help='also score the prompts\' "answer"')
     record.add_argument("--responses", type=Path, help='also score these: JSON lines of "id" and "response"')
-    record.add_argument("--samples", type=_whole(1), default=1, help="responses of each policy to each prompt")
-    record.add_argument("--temperature", type=_number(0, 2), default=1.0)
-    record.add_argument("--max-tokens", type=_whole(1), default=512, help="longer responses are cut and count as wrong")
-    record.add_argument("--limit", type=_whole(1), help="use only the first prompts")
+    record.add_argument("--samples", type=whole(1), default=1, help="responses of each policy to each prompt")
+    record.add_argument("--temperature", type=number(0, 2), default=1.0)
+    record.add_argument("--max-tokens", type=whole(1), default=512, help="longer responses are cut and count as wrong")
+    record.add_argument("--limit", type=whole(1), help="use only the first prompts")
     record.add_argument("--no-hidden", dest="hidden", action="store_false", help="leave out hidden states")
-    record.add_argument("--seed", type=_whole(0), default=0)
+    record.add_argument("--seed", type=whole(0), default=0)
     record.set_defaults(run=_record)
 
 
@@ -41,31 +41,31 @@ def _add_train(commands: Any) -> None:
     train.add_argument("--traces", type=Path, required=True, help="written by polylogit record")
     train.add_argument("--output", type=Path, default=Path("gate.pt"), help="the checkpoint (default: %(default)s)")
     train.add_argument("--inputs", default="topk,hidden", help="topk, hidden or both (default: %(default)s)")
-    train.add_argument("--state-size", type=_whole(0), default=0, help="of a recurrent state (default: none)")
-    train.add_argument("--projected-size", type=_whole(1), default=12, help="of each expert's projected hidden state")
+    train.add_argument("--state-size", type=whole(0), default=0, help="of a recurrent state (default: none)")
+    train.add_argument("--projected-size", type=whole(1), default=12, help="of each expert's projected hidden state")
     train.add_argument("--space", choices=["logprob", "prob"], default="logprob")
-    train.add_argument("--updates", type=_whole(1), default=1000, help="most updates on recorded responses")
-    train.add_argument("--batch-size", type=_whole(1), default=128, help="responses an update")
-    train.add_argument("--rate", type=_number(0, 1), default=3e-3, help="learning rate on recorded responses")
-    train.add_argument("--negative-weight", type=_number(0, 10), default=0.02, help="of a wrong response's tokens")
-    train.add_argument("--validation", type=_number(0, 0.9), default=0.1, help="share of the prompts held out")
-    train.add_argument("--responses", type=_whole(1), help="use only so many responses, drawn at random")
-    train.add_argument("--seed", type=_whole(0), default=0)
+    train.add_argument("--updates", type=whole(1), default=1000, help="most updates on recorded responses")
+    train.add_argument("--batch-size", type=whole(1), default=128, help="responses an update")
+    train.add_argument("--rate", type=number(0, 1), default=3e-3, help="learning rate on recorded responses")
+    train.add_argument("--negative-weight", type=number(0, 10), default=0.02, help="of a wrong response's tokens")
+    train.add_argument("--validation", type=number(0, 0.9), default=0.1, help="share of the prompts held out")
+    train.add_argument("--responses", type=whole(1), help="use only so many responses, drawn at random")
+    train.add_argument("--seed", type=whole(0), default=0)
     train.add_argument("--device", help="where to train (default: a GPU if there is one)")
     refine = train.add_argument_group("refinement", "then learn from the gate's own samples, drawn by the deployment")
-    refine.add_argument("--refine-steps", type=_whole(0), default=0)
+    refine.add_argument("--refine-steps", type=whole(0), default=0)
     refine.add_argument("--prompts", type=Path, help="to draw for")
     refine.add_argument("--grader", help=GRADERS)
-    refine.add_argument("--refine-prompts", type=_whole(1), default=32, help="prompts a step")
-    refine.add_argument("--group", type=_whole(2), default=8, help="samples a prompt")
-    refine.add_argument("--refine-rate", type=_number(0, 1), default=1e-3, help="learning rate")
-    refine.add_argument("--kl", type=_number(0, 100), default=0.01, help="weight of the divergence from the start")
-    refine.add_argument("--temperature", type=_number(0.01, 2), default=1.0, help="of the samples")
-    refine.add_argument("--max-tokens", type=_whole(1), default=512, help="longer samples are cut and count as wrong")
+    refine.add_argument("--refine-prompts", type=whole(1), default=32, help="prompts a step")
+    refine.add_argument("--group", type=whole(2), default=8, help="samples a prompt")
+    refine.add_argument("--refine-rate", type=number(0, 1), default=1e-3, help="learning rate")
+    refine.add_argument("--kl", type=number(0, 100), default=0.01, help="weight of the divergence from the start")
+    refine.add_argument("--temperature", type=number(0.01, 2), default=1.0, help="of the samples")
+    refine.add_argument("--max-tokens", type=whole(1), default=512, help="longer samples are cut and count as wrong")
     train.set_defaults(run=_train)
 
 
-def _whole(least: int) -> Callable[[str], int]:
+def whole(least: int) -> Callable[[str], int]:
     """Parses a whole number of at least `least`."""
 
     def parse(text: str) -> int:
@@ -77,7 +77,7 @@ def _whole(least: int) -> Callable[[str], int]:
     return parse
 
 
-def _number(least: float, most: float) -> Callable[[str], float]:
+def number(least: float, most: float) -> Callable[[str], float]:
     """Parses a number from `least` to `most`."""
 
     def parse(text: str) -> float:

@@ -11,6 +11,7 @@ from gate.evaluate import (
     Answers,
     EvaluationError,
     answers,
+    evaluate,
     labelled,
     load_results,
     new_results,
@@ -18,7 +19,9 @@ from gate.evaluate import (
     save_results,
 )
 from gate.graders import Exact
+from gate.prompts import PromptsError, read_prompts
 from gate.report import compare, join, markdown, plot, tabulate
+from tests.gate.endpoint import cards, endpoint
 
 ROWS = [
     {"id": "m1", "domain": "math", "messages": [{"role": "user", "content": "1+1"}], "answer": "2"},
@@ -40,11 +43,10 @@ def results_file(tmp_path, name, models, rows=ROWS):
     return tmp_path / name
 
 
-async def ask_all(tmp_path, handler):
+async def ask_all(tmp_path, handler, rows=ROWS):
+    questions = read_questions(prompts_file(tmp_path, rows))
     async with httpx.AsyncClient(base_url="http://test/v1/", transport=httpx.MockTransport(handler)) as client:
-        return await answers(
-            client, "gate", read_questions(prompts_file(tmp_path)), Exact(), concurrency=1, max_tokens=9
-        )
+        return await answers(client, "gate", questions, Exact(), concurrency=1, max_tokens=9)
 
 
 async def test_asks_greedily_and_grades_whole_answers(tmp_path):
@@ -61,6 +63,63 @@ async def test_asks_greedily_and_grades_whole_answers(tmp_path):
     assert (bodies[0]["model"], bodies[0]["temperature"], bodies[0]["max_tokens"]) == ("gate", 0, 9)
 
 
+async def test_an_answer_that_was_cut_is_wrong_whatever_it_says(tmp_path):
+    def reply(request):
+        return httpx.Response(200, json={"choices": [{"message": {"content": "2"}, "finish_reason": "length"}]})
+
+    found = await ask_all(tmp_path, reply)
+    assert (found.texts, found.right, found.cut) == (["2", "2"], [0, 0], 2)
+
+
+async def test_a_rows_tools_are_shown_and_their_calls_are_text(tmp_path):
+    """As in a recording, which grades what the model wrote."""
+    bodies, tools = [], [{"type": "function", "function": {"name": "f"}}]
+
+    def reply(request):
+        bodies.append(json.loads(request.content))
+        return httpx.Response(200, json={"choices": [{"message": {"content": "2"}}]})
+
+    await ask_all(tmp_path, reply, [{**ROWS[0], "tools": tools}, ROWS[1]])
+    assert (bodies[0]["tools"], bodies[0]["tool_choice"]) == (tools, "none")
+    assert not bodies[1].keys() & {"tools", "tool_choice"}
+
+
+async def evaluated(tmp_path, models, served, before=None):
+    """The results of a whole evaluation of an endpoint, after some that were there `before`."""
+    path = prompts_file(tmp_path)
+    results = new_results(path, read_questions(path), "exact")
+    results.models = before or {}
+    with endpoint(served, lambda body: "2") as url:
+        await evaluate(
+            f"{url}/v1",
+            models,
+            read_questions(path),
+            Exact(),
+            results,
+            tmp_path / "r.json",
+            concurrency=2,
+            max_tokens=9,
+        )
+    return load_results(tmp_path / "r.json").models
+
+
+async def test_all_is_asked_but_not_twice_under_two_names(tmp_path):
+    """The bare name of a deployment is one of its policies: as a row beside it, it would be the best other row."""
+    assert [*await evaluated(tmp_path, [], cards("demo", "demo:gate", "demo:math"))] == ["demo:gate", "demo:math"]
+    elsewhere = cards("base", "adapter", owner="vllm")
+    assert [*await evaluated(tmp_path, [], elsewhere)] == ["base", "adapter"]
+    assert [*await evaluated(tmp_path, ["demo"], cards("demo", "demo:gate"))] == ["demo"]
+
+
+async def test_a_label_stays_with_the_model_whose_answers_it_names(tmp_path):
+    before = {"row": Answers(["?"] * 2, [0, 0], served_by="demo:math")}
+    with pytest.raises(EvaluationError, match="'row' are of demo:math, not of demo:text"):
+        await evaluated(tmp_path, ["demo:gate", "demo:text=row"], [], before)
+    assert not (tmp_path / "r.json").exists()
+    found = await evaluated(tmp_path, ["demo:math=row", "demo:text=other"], [], before)
+    assert (found["row"].texts, found["other"].texts) == (["?"] * 2, ["2"] * 2)
+
+
 async def test_a_refusal_is_one_line_with_the_servers_words(tmp_path):
     with pytest.raises(EvaluationError, match=r"gate, prompt m1: 404 .*no such model"):
         await ask_all(tmp_path, lambda request: httpx.Response(404, text="no such model"))
@@ -70,12 +129,26 @@ async def test_a_refusal_is_one_line_with_the_servers_words(tmp_path):
 def test_a_bad_prompt_is_named_by_its_line(tmp_path, text):
     path = prompts_file(tmp_path)
     path.write_text(path.read_text() + text + "\n")
-    with pytest.raises(EvaluationError, match=r"test.jsonl:3"):
+    with pytest.raises(PromptsError, match=r"test.jsonl:3"):
         read_questions(path)
+
+
+def test_prompts_are_read_as_a_recording_reads_them(tmp_path):
+    """Blank lines, line separators inside of a text, and ids that come twice."""
+    path = prompts_file(tmp_path)
+    odd = {**ROWS[0], "id": "o", "messages": [{"role": "user", "content": "a\u2028b\x85c"}]}
+    path.write_text(f"\n{path.read_text()}\n{json.dumps(odd, ensure_ascii=False)}\n\n", encoding="utf-8")
+    assert [question.row for question in read_questions(path)] == read_prompts(path) == [*ROWS, odd]
+    path.write_text(f"\n{json.dumps(odd)}\n\n{json.dumps(odd)}\n")
+    for read in (read_questions, read_prompts):
+        with pytest.raises(PromptsError, match=r"test\.jsonl:4: the id 'o' was there before"):
+            read(path)
 
 
 def test_labels():
     assert labelled(["demo:gate=the gate", "demo"]) == {"the gate": "demo:gate", "demo": "demo"}
+    with pytest.raises(EvaluationError, match="two rows would be labelled 'demo'"):
+        labelled(["demo", "demo:gate=demo"])
 
 
 def test_results_round_trip_and_refuse_garbage(tmp_path):
@@ -132,7 +205,7 @@ def test_table_and_comparison(tmp_path):
     rows = [{**ROWS[i % 2], "id": str(i)} for i in range(40)]
     files = [
         results_file(tmp_path, "a.json", {"math": [1, 0] * 20, "text": [0, 1] * 20}, rows),
-        results_file(tmp_path, "b.json", {"gate": [1] * 40}, rows),
+        results_file(tmp_path, "b.json", {"gate": [1] * 40, r"$\odd$": [0] * 40}, rows),
     ]
     table = tabulate(join(files))
     comparison = compare(table, "gate")

@@ -48,6 +48,12 @@ def test_png(tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_png_of_texts_that_look_like_formulas(tmp_path):
+    formula = completion((r"$\odd$", {"math": 1.0, "text": 0.0}))
+    write_png(from_completion(r"Solve $\begin{x}$ now", formula), tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
 def test_an_answer_without_weights_is_refused():
     with pytest.raises(EvaluationError, match="no expert_weights"):
         from_completion("?", {"model": "other", "choices": [{"logprobs": {"content": [{"token": "a"}]}}]})
