@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import random
@@ -77,6 +78,57 @@ async def test_headers(api: Served) -> None:
 async def test_a_header_that_never_ends(api: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.api.http._HEADER_SECONDS", 0.2)
     assert await raw(api, b"GET / HTTP/1.1\r\nhost: ") == b""
+
+
+TRAILED = b"POST %b HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nx: "
+
+
+@pytest.mark.parametrize("path", [b"/v1/completions", b"/health/live"])
+async def test_trailers_are_short(api: Served, path: bytes) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
+    writer.write(TRAILED % path)
+    with contextlib.suppress(ConnectionError):
+        for _ in range(200):
+            writer.write(b"b" * 100_000)
+            await writer.drain()
+    assert writer.transport.is_closing()
+    with contextlib.suppress(ConnectionError):
+        assert (await reader.read()).count(b"HTTP/1.1") <= 1
+    writer.close()
+
+
+async def test_trailers_are_no_headers(api: Served) -> None:
+    answer = await raw(api, TRAILED % CHAT.encode() + b"1\r\n" + b"y: z\r\n" * 200 + b"\r\n")
+    assert b" 400 " in answer[:20] and b"messages" in answer
+
+
+@pytest.mark.parametrize(
+    "rest", [TRAILED % b"/health/live", b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{"]
+)
+async def test_a_body_that_never_ends(api: Served, monkeypatch: pytest.MonkeyPatch, rest: bytes) -> None:
+    """Its request may be answered long before."""
+    monkeypatch.setattr("server.api.http._BODY_SECONDS", 0.2)
+    reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
+    writer.write(rest)
+    with contextlib.suppress(ConnectionError):
+        async with asyncio.timeout(5):
+            assert (await reader.read()).count(b"HTTP/1.1") == 1
+    writer.close()
+
+
+async def test_the_next_request_is_not_awaited_while_one_is_answered(
+    api: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is its fault told in the middle of that answer."""
+    monkeypatch.setattr("server.api.http._HEADER_SECONDS", 0.1)
+    api.fake.script = Script(tokens=lambda _: ids("abcdefgh"), pause=0.1)
+    body = json.dumps({"prompt": "Hi", "stream": True}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+    reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
+    writer.write(head + body + b"GET /health/live HTTP/1.1\r\na: ")
+    assert b"[DONE]" in await reader.readuntil(b"\r\n0\r\n\r\n")
+    assert await reader.read() == b""
+    writer.close()
 
 
 @pytest.mark.parametrize("content", ["a\x00b", "\U0001f600" * 100, "\ufdd0", "\u202e", "<|end|>" * 20, "\ue000"])
