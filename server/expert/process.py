@@ -56,14 +56,15 @@ def run(config: Config, place: Placement, directory: Path, listener: socket.sock
     # Before the engine: while it loads, the ranks find each other, so that the first tick reaches them all.
     door = None if listener is None else _door(config, chosen, listener)
     conversation = converse(place, chosen.tensor_parallel_size, directory, door)
-    gate = _projecting_gate(config, chosen)
+    gate = projecting_gate(config, place)
     terms = Terms(exact=config.missing == "exact", projection="none" if gate is None else "gate")
     started = time.perf_counter()
     engine = VllmEngine(
         chosen,
         str(config.path(chosen.model)),
         max_sequences=config.limits.sequences,
-        want_hidden=gate is not None or chosen.address is not None,  # any coordinator may ask for them
+        # A coordinator on another host may ask for them; it hears rank 0 only.
+        want_hidden=gate is not None or (chosen.address is not None and not place.rank),
         end_tokens=end_tokens(config),
     )
     loaded = logs.fields(seconds=round(time.perf_counter() - started, 1), **_facts(engine.info))
@@ -156,11 +157,13 @@ def _rank_environment(place: Placement, ranks: int) -> dict[str, str]:
     }
 
 
-def _projecting_gate(config: Config, expert: ExpertConfig) -> Gate | None:
-    """The gate, if it reads hidden states: its projection runs here."""
+def projecting_gate(config: Config, place: Placement) -> Gate | None:
+    """The gate, if it reads hidden states: its projection runs at `place`. Only rank 0 is heard, and only its device is
+    the one that the gate is loaded on."""
     from gate.checkpoint import load
 
-    if config.gate is None:
+    if config.gate is None or place.rank:
         return None
-    gate = load(config.path(config.gate.file), device=expert.device, sha256=config.gate.sha256)
+    device = config.experts[place.expert].device
+    gate = load(config.path(config.gate.file), device=device, sha256=config.gate.sha256)
     return gate if "hidden" in gate.contract.inputs else None

@@ -186,7 +186,7 @@ GRAPHS = (1, 2, 4, 8)
 
 
 def context(indices, lengths) -> SimpleNamespace:
-    """As vLLM's runner fills it: under a full CUDA graph the lengths, and they alone, are padded to the graph's size."""
+    """As vLLM's runner fills it: under a full CUDA graph the lengths, and only they, are padded to the graph's size."""
     padded = np.zeros(min(size for size in GRAPHS if size >= len(lengths)), np.int32)
     padded[: len(lengths)] = lengths
     return SimpleNamespace(idx_mapping_np=np.array(indices, np.int32), seq_lens_upper_bound_np=padded)
