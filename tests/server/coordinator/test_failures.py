@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from scipy.special import softmax
@@ -226,7 +227,7 @@ def test_contrastive_decoding_ends_where_its_expert_has_nothing_to_say(tmp_path,
     """The amateur alone is what the client asked to move away from."""
     engines = [FakeEngine(models[0]), FakeEngine(models[1], Behaviour(nan=lambda tokens: len(tokens) >= 12))]
     with Deployment(tmp_path, engines) as deployment:
-        one = request(rng, (9, 9), Contrastive("b", "a", mu=0.3, plausibility=0.0), stop_token_ids=[3, 4])
+        one = request(rng, (9, 9), Contrastive("b", "a", mu=0.3, plausibility=0.0), stop_token_ids=[3, 4], seed=1)
         deployment.run(one)
         alone = generate(one, models, lambda said, step: {1: 1.0, 0: -0.3})
         assert deployment.tokens[one.id] == alone.tokens[:3] != alone.tokens
@@ -259,12 +260,14 @@ class GateStandIn:
 
     def __init__(self) -> None:
         self.trouble = ""
+        self.shown: list[torch.Tensor] = []  # projections [B, E, d]
 
     def project(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
         return hidden[:, expert : expert + 2]
 
     def forward(self, logprobs, ids, projected, state):
         rows, experts, _ = logprobs.shape
+        self.shown.append(projected.clone())
         if self.trouble == "raises":
             raise RuntimeError("no")
         if self.trouble == "shape":
@@ -292,6 +295,15 @@ class GateStandIn:
 
     def so_far(self, each, models, step):
         return self.tokens[each.id][:step]
+
+
+class BrokenEngine(FakeEngine):
+    """Where its logits are NaN, the hidden states that they came from are too."""
+
+    def _rows(self, due):
+        rows = super()._rows(due)
+        rows.hidden[rows.logits.isnan().any(dim=1)] = float("nan")
+        return rows
 
 
 @pytest.fixture
@@ -361,3 +373,30 @@ def test_a_gate_that_fails_fails_the_requests_that_ask_it(tmp_path, rng, models,
         again = request(rng, policy=GatePolicy())
         deployment.run(again)
         assert deployment.ended[again.id].reason is FinishReason.LENGTH
+
+
+def test_the_gate_and_traces_show_nothing_of_a_row_that_is_rubbish(tmp_path, rng, models, gate):
+    broken = BrokenEngine(models[1], Behaviour(nan=lambda tokens: len(tokens) % 4 == 0), want_hidden=True)
+    engines = [FakeEngine(models[0], want_hidden=True), broken]
+    with Deployment(tmp_path, engines, projector=gate, gate={"file": "gate.pt", "on_failure": "fail"}) as deployment:
+        one = request(rng, (7, 9), GatePolicy(), trace=True)
+        deployment.run(one)
+        gate.tokens = deployment.tokens
+        gone = [(9 + step) % 4 == 0 for step in range(one.max_tokens)]
+        alone = generate(one, models, gate.reference(models, one), gone=lambda expert, step: expert and gone[step])
+        assert_alone(deployment, [one], [alone])
+        traced = [np.frombuffer(trace.projected, np.float32).reshape(2, 2) for trace in deployment.traces]
+        assert [not projected[1].any() for projected in traced] == gone
+        assert deployment.stats().gate_failures == 0
+
+
+def test_the_gate_is_shown_nothing_of_a_lost_expert(tmp_path, rng, models, gate):
+    engines = [FakeEngine(models[0], want_hidden=True), FakeEngine(models[1], Behaviour(fail_at=5), want_hidden=True)]
+    settings = {"gate": {"file": "gate.pt"}, "on_expert_loss": "degrade"}
+    with Deployment(tmp_path, engines, projector=gate, **settings) as deployment:
+        one = request(rng, policy=GatePolicy())
+        deployment.submit(one)
+        deployment.lose(1)
+        deployment.finish(one)
+        assert [bool(projected[0, 1].any()) for projected in gate.shown] == [step < 4 for step in range(one.max_tokens)]
+        assert all(projected[0, 0].all() for projected in gate.shown)
