@@ -94,12 +94,15 @@ class Fuser:
     def _mask_unusable(
         self, table: SequenceTable, slots: Int64, ids: Int32, logprobs: Float32, exact: Float32, available: Bool
     ) -> None:
-        """Empty the lists of experts whose row is NaN or -inf throughout; they are not available for this token."""
+        """Empty the rows of experts that gave none, or one that is NaN or -inf throughout: they are not available for
+        this token. What they projected goes too, from the table itself: neither the gate nor a trace shows it."""
         if available.all():
             return
         for expert, counters in enumerate(self._counters.experts):
             counters.masked_rows += int((table.expected[slots, expert] & ~available[:, expert]).sum())
         ids[~available], logprobs[~available], exact[~available] = -1, -np.inf, -np.inf
+        rows, experts = np.nonzero(~available)
+        table.projected[slots[rows], experts] = 0
 
     def _look_up_missing(self, slots: Int64, found: Table, available: Bool) -> Table:
         """Ask each expert that is `available` bool[B, E] for the candidates that it did not list itself."""

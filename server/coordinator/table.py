@@ -186,7 +186,7 @@ class SequenceTable:
     def lose(self, expert: int, slots: Int64) -> None:
         """Go on without an expert in `slots`: forget its row and expect no more."""
         self.expected[slots, expert] = self.placed[slots, expert] = self.reported[slots, expert] = False
-        self.ids[slots, expert], self.logprobs[slots, expert] = -1, -np.inf
+        self.ids[slots, expert], self.logprobs[slots, expert], self.projected[slots, expert] = -1, -np.inf, 0
 
     def complete(self) -> Int64:
         """Slots, oldest first, of the sequences for which every expected expert's row (and score) is there."""

@@ -227,7 +227,7 @@ def test_contrastive_decoding_ends_where_its_expert_has_nothing_to_say(tmp_path,
     """The amateur alone is what the client asked to move away from."""
     engines = [FakeEngine(models[0]), FakeEngine(models[1], Behaviour(nan=lambda tokens: len(tokens) >= 12))]
     with Deployment(tmp_path, engines) as deployment:
-        one = request(rng, (9, 9), Contrastive("b", "a", mu=0.3, plausibility=0.0), stop_token_ids=[3, 4], seed=1)
+        one = request(rng, (9, 9), Contrastive("b", "a", mu=0.3, plausibility=0.0), stop_token_ids=[3, 4], seed=4)
         deployment.run(one)
         alone = generate(one, models, lambda said, step: {1: 1.0, 0: -0.3})
         assert deployment.tokens[one.id] == alone.tokens[:3] != alone.tokens
