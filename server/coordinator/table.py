@@ -118,8 +118,10 @@ class SequenceTable:
         self.temperature[slot], self.top_p[slot] = sampling.temperature, sampling.top_p
         self.top_k[slot], self.min_p[slot] = min(sampling.top_k, self._vocabulary), sampling.min_p
         self.expected[slot] = expected
-        self.placed[slot] = self.reported[slot] = self.scored[slot] = False
+        self.placed[slot] = self.reported[slot] = False
         self.prompt_lengths[slot] = [len(prompt) for prompt in request.prompts]
+        # Nothing is said of a prompt's first token: vLLM's Model Runner V2 never answers for a prompt of one.
+        self.scored[slot], self.cross_entropy[slot] = self.prompt_lengths[slot] <= 1, 0
         self.cached[slot] = -1
         self.gate_state[slot] = 0
         self.ids[slot], self.logprobs[slot], self.projected[slot] = -1, -np.inf, 0

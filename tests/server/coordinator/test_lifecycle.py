@@ -221,12 +221,21 @@ def test_an_aborted_sequence_leaves_every_engine(tmp_path, rng, models):
 # --- policies that wait ---
 
 
+class TaciturnEngine(FakeEngine):
+    """As vLLM's Model Runner V2: it says nothing of a prompt of one token."""
+
+    def scores(self):
+        return [(sequence, logprobs) for sequence, logprobs in super().scores() if len(logprobs)]
+
+
+@pytest.mark.parametrize("kind", [FakeEngine, TaciturnEngine])
 @pytest.mark.parametrize("tau", [0.2, 1.0])
-def test_perplexity_waits_for_the_scores_of_the_prompt(tmp_path, rng, models, tau):
-    with Deployment(tmp_path, engines_of(models, chunk=12)) as deployment:
+def test_perplexity_waits_for_the_scores_of_the_prompt(tmp_path, rng, models, tau, kind):
+    engines = [kind(model, Behaviour(chunk=12)) for model in models]
+    with Deployment(tmp_path, engines, limits={"sequences": 4}) as deployment:
         requests = [
             request(rng, lengths, Perplexity(tau), expert_weights=True)
-            for lengths in ((9, 20), (30, 4), (6, 6), (1, 8))
+            for lengths in ((9, 20), (30, 4), (6, 6), (1, 8), (1, 1), (4, 1))  # the last two take over slots
         ]
         deployment.run(*requests)
         for each in requests:
