@@ -40,16 +40,15 @@ class Penalties:
     seen: Bool
 
 
-def penalise(logprobs: Float32, penalties: Penalties) -> Float32:
+def penalise(scores: Float32, penalties: Penalties) -> Float32:
     """OpenAI's presence and frequency penalties and the repetition penalty (arXiv 1909.05858) on scores [B, U].
 
-    The repetition penalty divides positive logits and multiplies negative ones. Log-probabilities are logits that
-    are never positive, so here it always multiplies.
+    The repetition penalty divides positive logits and multiplies negative ones. Scores are log-probabilities, logits
+    that are never positive, but for what a bias added to them.
     """
     repetition = np.where(penalties.seen, penalties.repetition[:, None], np.float32(1))
     counts = penalties.output_counts
-    with np.errstate(invalid="ignore"):
-        scores = np.where(np.isfinite(logprobs), logprobs * repetition, logprobs)
+    scores = np.where(scores > 0, scores / repetition, scores * repetition)
     return np.asarray(
         scores - penalties.frequency[:, None] * counts - penalties.presence[:, None] * (counts > 0), np.float32
     )

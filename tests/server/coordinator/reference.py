@@ -155,6 +155,6 @@ def _adjust(request: SequenceRequest, fused: dict[int, float], generated: list[i
             continue
         count = generated.count(token)
         if count or token in prompted:
-            score *= sampling.repetition_penalty
+            score *= sampling.repetition_penalty ** (-1 if score > 0 else 1)
         scores[token] = score - count * sampling.frequency_penalty - (count > 0) * sampling.presence_penalty
     return scores

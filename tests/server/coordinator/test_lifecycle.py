@@ -158,6 +158,7 @@ SAMPLING = [
     {"presence_penalty": 1.5},
     {"frequency_penalty": -2.0, "temperature": 0.5},
     {"repetition_penalty": 1.4},
+    {"repetition_penalty": 1.4, "logit_bias": {3: 9.0, 5: 8.0}, "temperature": 0.5},
     {"presence_penalty": 2.0, "frequency_penalty": 0.7, "repetition_penalty": 1.1, "top_p": 0.8, "top_k": 9},
     {"min_p": 0.1, "temperature": 1.6},
     {"temperatures": [0.5, 2.0]},

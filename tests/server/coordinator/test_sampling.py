@@ -161,6 +161,11 @@ def test_the_repetition_penalty_also_counts_the_prompt():
     assert found == pytest.approx([-1.5, -3.0, -3.0])
 
 
+def test_the_repetition_penalty_does_not_reward_what_a_bias_made_positive():
+    assert penalised([3.0, -3.0, 3.0], [1, 1, 0], [False] * 3, repetition=1.5) == pytest.approx([2.0, -4.5, 3.0])
+    assert penalised([3.0, -3.0], [1, 1], [False] * 2, repetition=0.5) == pytest.approx([6.0, -1.5])
+
+
 def test_penalties_leave_impossible_tokens_impossible():
     found = penalised([-np.inf, -1.0], [2, 0], [False, False], presence=-2.0, frequency=-2.0, repetition=0.5)
     assert found == [-math.inf, -1.0]
