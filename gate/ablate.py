@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gate import checkpoint
+from gate.errors import one_line
 
 INPUTS = ("topk", "hidden", "state")
 
@@ -48,16 +49,19 @@ class Without(nn.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m gate.ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gate", type=Path, required=True)
     parser.add_argument("--remove", choices=INPUTS, required=True)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    gate = checkpoint.load(arguments.gate)
-    has = {*gate.contract.inputs, *(["state"] if gate.contract.state_size else [])}
-    if arguments.remove not in has:
-        parser.error(f"{arguments.gate} does not read {arguments.remove}")
-    checkpoint.save(Without(gate.module, arguments.remove), gate.contract, arguments.output)
+    with one_line(parser):
+        gate = checkpoint.load(arguments.gate)
+        has = {*gate.contract.inputs, *(["state"] if gate.contract.state_size else [])}
+        if arguments.remove not in has:
+            parser.error(f"{arguments.gate} does not read {arguments.remove}")
+        checkpoint.save(Without(gate.module, arguments.remove), gate.contract, arguments.output)
 
 
 if __name__ == "__main__":

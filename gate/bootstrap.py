@@ -47,25 +47,21 @@ class Bootstrap:
         return len(self._members[domain])
 
     def accuracy(self, right: Sequence[float]) -> dict[str, Estimate]:
-        """`right` [Q], 0 or 1 -> the share of each domain, then of "all". Raises ValueError for another length.
-
-        Where all agree every resample is the same, so the interval is the exact one (Clopper and Pearson 1934).
-        """
-        found = self._means(np.asarray(right, float))
-        sizes = {**{name: len(members) for name, members in self._members.items()}, "all": len(right)}
-        return {name: _widened(estimate, sizes[name]) for name, estimate in found.items()}
+        """`right` [Q], 0 or 1 -> the share of each domain, then of "all". Raises ValueError for another length."""
+        return self._means(np.asarray(right, float), lowest=0.0)
 
     def difference(self, right: Sequence[float], other: Sequence[float]) -> dict[str, Estimate]:
         """Mean of `right` - `other`, paired: the same prompts [Q] are drawn for both."""
-        return self._means(np.asarray(right, float) - np.asarray(other, float))
+        return self._means(np.asarray(right, float) - np.asarray(other, float), lowest=-1.0)
 
-    def _means(self, values: NDArray[np.float64]) -> dict[str, Estimate]:
-        """The mean of each domain and of all; the latter resamples within domains: their sizes were not drawn."""
+    def _means(self, values: NDArray[np.float64], lowest: float) -> dict[str, Estimate]:
+        """The mean of each domain and of all; the latter resamples within domains: their sizes were not drawn. Values
+        lie between `lowest` and 1."""
         if len(values) != sum(map(len, self._members.values())):
             raise ValueError(f"{len(values)} values for {sum(map(len, self._members.values()))} prompts")
         sums = {name: self._resampled_sums(values[members], number) for number, (name, members) in self._numbered()}
-        found = {name: self._estimate(values[self._members[name]], sums[name]) for name in sums}
-        found["all"] = self._estimate(values, np.sum(list(sums.values()), axis=0))
+        found = {name: _estimate(values[self._members[name]], sums[name], lowest) for name in sums}
+        found["all"] = _estimate(values, np.sum(list(sums.values()), axis=0), lowest)
         return found
 
     def _numbered(self) -> list[tuple[int, tuple[str, NDArray[np.intp]]]]:
@@ -78,16 +74,17 @@ class Bootstrap:
         draws = (values[generator.integers(len(values), size=(size, len(values)))].sum(axis=1) for size in sizes)
         return np.concatenate(list(draws))
 
-    @staticmethod
-    def _estimate(values: NDArray[np.float64], sums: NDArray[np.float64]) -> Estimate:
-        tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
-        low, high = np.quantile(sums / len(values), tails)
-        return Estimate(float(values.mean()), float(low), float(high))
 
+def _estimate(values: NDArray[np.float64], sums: NDArray[np.float64], lowest: float) -> Estimate:
+    """The mean of `values` [Q] with its percentile interval from the `sums` of resamples.
 
-def _widened(estimate: Estimate, count: int) -> Estimate:
-    """The exact interval where all of `count` answers are right, or all wrong; else the estimate as it is."""
-    reach = 1 - ((1 - CONFIDENCE) / 2) ** (1 / count)
-    if estimate.mean == 1.0:
-        return Estimate(1.0, 1 - reach, 1.0)
-    return Estimate(0.0, 0.0, reach) if estimate.mean == 0.0 else estimate
+    Where all values are one, every resample is the same, and the interval is the exact one: with that confidence at
+    most a share `reach` of prompts has another value (Clopper and Pearson 1934), at worst `lowest`, or 1.
+    """
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(sums / len(values), [tail, 1 - tail])
+    mean = float(values.mean())
+    if (values == values[0]).all():
+        reach = 1 - tail ** (1 / len(values))
+        low, high = mean - reach * (mean - lowest), mean + reach * (1 - mean)
+    return Estimate(mean, float(low), float(high))

@@ -98,11 +98,16 @@ def graded(grader: Grader, questions: list[Question], replies: list[Reply]) -> l
         return [int(given >= 0.5) for given in threads.map(reward, questions, replies)]
 
 
+def digest(questions: list[Question]) -> str:
+    """sha256 (hexadecimal) of all that their lines say."""
+    return hashlib.sha256(json.dumps([question.row for question in questions]).encode()).hexdigest()
+
+
 def new_results(path: Path, questions: list[Question], grader: str) -> Results:
     """Results without any answer yet."""
     return Results(
         prompts=str(path),
-        prompts_sha256=hashlib.sha256(json.dumps([q.row for q in questions]).encode()).hexdigest(),
+        prompts_sha256=digest(questions),
         ids=[question.number for question in questions],
         domains=[question.domain for question in questions],
         grader=grader,
@@ -118,6 +123,15 @@ def load_results(path: Path) -> Results:
     if results.format != FORMAT:
         raise EvaluationError(f"{path}: format {results.format}, this program reads {FORMAT}")
     return results
+
+
+def load_pairs(path: Path, prompts: Path) -> tuple[Results, list[Question]]:
+    """The results at `path` and the questions that they answer. Raises EvaluationError if `prompts` holds others."""
+    results = load_results(path)
+    questions = read_questions(prompts, len(results.ids))
+    if digest(questions) != results.prompts_sha256:
+        raise EvaluationError(f"{prompts}: not the prompts that {path} answers (those were {results.prompts})")
+    return results, questions
 
 
 def save_results(results: Results, path: Path) -> None:

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoTokenizer
 
 from gate.evaluate import read_questions
-from gate.fusionroute.data import Encoder
+from gate.fusionroute.data import Encoder, reference
 from gate.graders import Exact
+from gate.logits import logits_at
 
 BATCH = 128
 
@@ -25,6 +26,8 @@ class Greedy:
         self.model = model
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, padding_side="left")
         questions = read_questions(prompts)
+        for question in questions:
+            reference(question)  # one without an answer is refused before any is asked
         spread = questions[:: max(1, len(questions) // limit)][:limit] if limit else questions
         self._questions = sorted(spread, key=lambda question: len(str(question.messages)))
         self._max_tokens = max_tokens
@@ -52,9 +55,8 @@ class Greedy:
         """Mean log-probability of the whole reference answers: tells models apart where none is ever right."""
         total, encoder = 0.0, Encoder(self._tokenizer)
         for start in range(0, len(self._questions), BATCH):
-            rows = encoder.batch([(q, str(q.row["answer"])) for q in self._questions[start : start + BATCH]])
-            hidden = self.model.model(rows.ids[:, :-1], use_cache=False).last_hidden_state[rows.answer[:, 1:]]
+            rows = encoder.batch([(q, reference(q)) for q in self._questions[start : start + BATCH]])
+            logits, _ = logits_at(self.model, rows.ids[:, :-1], rows.answer[:, 1:])
             targets = rows.ids[:, 1:][rows.answer[:, 1:]]
-            told = self.model.lm_head(hidden).float().log_softmax(-1)
-            total += float(told.gather(1, targets.unsqueeze(1)).sum())
+            total += float(logits.float().log_softmax(-1).gather(1, targets.unsqueeze(1)).sum())
         return total / len(self._questions)

@@ -27,14 +27,20 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from gate.errors import GateError
+from gate.errors import GateError, one_line
 from gate.greedy import Greedy
 
 State = dict[str, Tensor]
 METHODS = ("linear", "task-arithmetic", "ties", "dare", "dare-ties")
 SCALES = (0.3, 0.5, 0.7, 1.0, 1.3)
 DENSITIES = (0.2, 0.5)
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "special_tokens_map.json",
+)
 
 
 class MergeError(GateError):
@@ -151,13 +157,17 @@ def tune(
 
 
 def load(folder: Path) -> Any:
-    """A transformers model in float32."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    """A transformers model in float32. Raises MergeError if there is none."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    except (OSError, ValueError) as error:
+        raise MergeError(f"{folder}: no model that can be loaded: {str(error).strip().splitlines()[0]}") from None
 
 
 def save(model: Any, like: Path, folder: Path) -> None:
     """Writes a model directory, with the type of weights and the tokenizer of the model at `like`."""
-    dtype = json.loads((like / "config.json").read_text(encoding="utf-8")).get("dtype", "float32")
+    config = json.loads((like / "config.json").read_text(encoding="utf-8"))
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"  # the latter before transformers 5
     folder.mkdir(parents=True, exist_ok=True)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     for name in TOKENIZER_FILES:
@@ -166,7 +176,9 @@ def save(model: Any, like: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m gate.merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", type=Path, help="the model from which the experts were fine-tuned")
     parser.add_argument("--experts", nargs="+", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -177,23 +189,24 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True, help="a model directory for each method goes into this")
     arguments = parser.parse_args()
-    models = {str(folder): load(folder) for folder in arguments.experts}
-    experts = {name: model.state_dict() for name, model in models.items()}
+    with one_line(parser):
+        _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    experts = {str(folder): load(folder).state_dict() for folder in arguments.experts}
     base = load(arguments.base).state_dict() if arguments.base else None
-    try:
-        notes: dict[str, Any] = {"distances from the base": check_models(base, experts)}
-        first = arguments.experts[0]
-        for method in arguments.methods:
-            model = load(first)
-            recipe = Recipe(method, arguments.scale, arguments.density, arguments.seed)
-            if arguments.tune:
-                greedy = Greedy(model, first, arguments.tune, arguments.limit)
-                recipe, notes[method] = tune(method, base, list(experts.values()), greedy, arguments.seed)
-            model.load_state_dict(merge(recipe, base, list(experts.values())))
-            save(model, first, arguments.output / method)
-            print(f"{recipe} -> {arguments.output / method}", flush=True)
-    except MergeError as error:
-        parser.exit(1, f"gate.merge: error: {error}\n")
+    notes: dict[str, Any] = {"distances from the base": check_models(base, experts)}
+    first = arguments.experts[0]
+    for method in arguments.methods:
+        model = load(first)
+        recipe = Recipe(method, arguments.scale, arguments.density, arguments.seed)
+        if arguments.tune:
+            greedy = Greedy(model, first, arguments.tune, arguments.limit)
+            recipe, notes[method] = tune(method, base, list(experts.values()), greedy, arguments.seed)
+        model.load_state_dict(merge(recipe, base, list(experts.values())))
+        save(model, first, arguments.output / method)
+        print(f"{recipe} -> {arguments.output / method}", flush=True)
     (arguments.output / "merge.json").write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
 
 

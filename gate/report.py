@@ -81,7 +81,8 @@ def markdown(table: Table, comparisons: Sequence[Comparison] = ()) -> str:
     lines += [
         "",
         f"Share of right answers and its {CONFIDENCE:.0%} interval: percentile bootstrap over prompts ({numbers}), "
-        f"{RESAMPLES:,} resamples; exact binomial where all answers of a cell are right, or all wrong.",
+        f"{RESAMPLES:,} resamples; exact binomial where all answers of a cell are right, or all wrong, "
+        "or all paired differences are equal.",
     ]
     for comparison in comparisons:
         lines += ["", *_comparison_lines(comparison)]

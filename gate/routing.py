@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gate.evaluate import Answers, EvaluationError, Question, Results, load_results, read_questions, save_results
+from gate.errors import one_line
+from gate.evaluate import Answers, EvaluationError, Question, Results, load_pairs, save_results
 
 WIDTH = 4096  # hashed n-grams
 LENGTHS = (1, 2, 3, 4)  # bytes of an n-gram
@@ -99,23 +100,31 @@ def labels(results: Results, models: list[str]) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m gate.routing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", required=True, metavar="LABEL", help="the rows to route between")
     parser.add_argument("--results", type=Path, required=True, help="their answers to the prompts of the table")
     parser.add_argument("--prompts", type=Path, required=True, help="those prompts")
     parser.add_argument("--train-results", type=Path, help="their answers to the training prompts; none: oracle only")
-    parser.add_argument("--train-prompts", type=Path)
+    parser.add_argument("--train-prompts", type=Path, help="those prompts")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    results = load_results(arguments.results)
+    if (arguments.train_results is None) != (arguments.train_prompts is None):
+        parser.error("--train-results and --train-prompts go together")
+    with one_line(parser):
+        _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    results, questions = load_pairs(arguments.results, arguments.prompts)
     labels(results, arguments.models)
     asked = [results.models[name] for name in arguments.models]
     rows = {"oracle routing": oracle(asked)}
     if arguments.train_results:
-        right = labels(load_results(arguments.train_results), arguments.models)
-        router = fit_router(prompt_features(read_questions(arguments.train_prompts, len(right))), right)
-        choice = router.choose(prompt_features(read_questions(arguments.prompts, len(results.ids))))
-        rows["learned routing"] = routed(asked, choice.tolist())
+        answered, training = load_pairs(arguments.train_results, arguments.train_prompts)
+        router = fit_router(prompt_features(training), labels(answered, arguments.models))
+        rows["learned routing"] = routed(asked, router.choose(prompt_features(questions)).tolist())
     results.models = rows
     save_results(results, arguments.output)
     for label, answers in rows.items():

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
+from gate.errors import one_line
 from gate.fusionroute.data import Encoder, preferences, references
 from gate.fusionroute.export import export
 from gate.fusionroute.train import Router, Settings, fit_preferences, fit_references
@@ -21,7 +22,9 @@ VALIDATION = 400
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m gate.fusionroute", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--experts", nargs="+", required=True, metavar="NAME=FOLDER", help="in the deployment's order")
     parser.add_argument("--start", type=Path, required=True, help="the model from which the router is trained")
     parser.add_argument("--name", default="router", help="the router's name, after the experts in the deployment")
@@ -30,7 +33,7 @@ def main() -> None:
     parser.add_argument("--preferences", type=Path, help="answers to --prompts, written by polylogit evaluate")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=1000, help="preferences to learn from (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="only the first prompts")
+    parser.add_argument("--limit", type=int, help="only the first of --prompts, answered or preferred")
     parser.add_argument("--top-k", type=int, default=32, help="of the deployment")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -40,19 +43,25 @@ def main() -> None:
     pairs = [argument.partition("=") for argument in arguments.experts]
     if not all(name and folder for name, _, folder in pairs):
         parser.error("experts are given as NAME=FOLDER")
-    folders = {name: Path(folder) for name, _, folder in pairs}
+    with one_line(parser):
+        _run(arguments, {name: Path(folder) for name, _, folder in pairs})
 
+
+def _run(arguments: argparse.Namespace, folders: dict[str, Path]) -> None:
     began = time.perf_counter()
     torch.manual_seed(arguments.seed)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.start, local_files_only=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    router = Router(load(arguments.start), [load(folder) for folder in folders.values()], Encoder(tokenizer), device)
-    settings = Settings(epochs=arguments.epochs)
     validation = references(arguments.validation, VALIDATION)
-    fit_references(router, references(arguments.prompts, arguments.limit), validation, settings, arguments.seed)
-    if arguments.preferences:
-        rng = random.Random(arguments.seed)
-        graded = preferences(arguments.prompts, arguments.preferences, rng)
+    training = references(arguments.prompts, arguments.limit)
+    rng = random.Random(arguments.seed)
+    graded = (
+        preferences(arguments.prompts, arguments.preferences, rng, arguments.limit) if arguments.preferences else []
+    )
+    model, experts = load(arguments.start), [load(folder) for folder in folders.values()]
+    tokenizer = AutoTokenizer.from_pretrained(arguments.start, local_files_only=True)
+    router = Router(model, experts, Encoder(tokenizer), "cuda" if torch.cuda.is_available() else "cpu")
+    settings = Settings(epochs=arguments.epochs)
+    fit_references(router, training, validation, settings, arguments.seed)
+    if graded:
         graded = rng.sample(graded, min(arguments.pairs, len(graded)))
         fit_preferences(router, graded, validation, settings, arguments.seed)
     save(router.model.cpu(), arguments.start, arguments.output)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gate.evaluate import Question, load_results, read_questions
+from gate.evaluate import EvaluationError, Question, load_pairs, read_questions
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +49,31 @@ class Encoder:
         return Sequences(ids, answer)
 
 
+def reference(question: Question) -> str:
+    """The prompt's own answer. Raises EvaluationError if it has none."""
+    if not isinstance(answer := question.row.get("answer"), str):
+        raise EvaluationError(f'prompt {question.number} has no "answer" (a string) to learn from')
+    return answer
+
+
 def references(path: Path, limit: int | None = None) -> list[tuple[Question, str]]:
-    """Every prompt with its reference answer."""
-    return [(question, str(question.row["answer"])) for question in read_questions(path, limit)]
+    """Every prompt, or the first `limit`, with its reference answer. Raises GateError."""
+    return [(question, reference(question)) for question in read_questions(path, limit)]
 
 
-def preferences(prompts: Path, results: Path, rng: random.Random) -> list[tuple[Question, str, str]]:
-    """(prompt, right response, wrong response) of every prompt of an evaluation that has both kinds. A model's right
-    answer is preferred to the reference, which stands in where no model was right."""
-    found = load_results(results)
+def preferences(
+    prompts: Path, results: Path, rng: random.Random, limit: int | None = None
+) -> list[tuple[Question, str, str]]:
+    """(prompt, right response, wrong response) of every prompt, or the first `limit`, of an evaluation that has both
+    kinds. A model's right answer is preferred to the reference, which stands in where no model was right.
+
+    Raises GateError, also if `results` are of other prompts.
+    """
+    found, questions = load_pairs(results, prompts)
     pairs = []
-    for number, question in enumerate(read_questions(prompts, len(found.ids))):
+    for number, question in enumerate(questions[:limit]):
         graded = [(answers.texts[number], answers.right[number]) for answers in found.models.values()]
-        right = [text for text, label in graded if label] or [str(question.row["answer"])]
+        right = [text for text, label in graded if label] or [reference(question)]
         if wrong := [text for text, label in graded if not label]:
             pairs.append((question, rng.choice(right), rng.choice(wrong)))
     return pairs

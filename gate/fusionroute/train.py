@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gate.evaluate import Question
 from gate.fusionroute.data import Encoder, Sequences, batches
 from gate.fusionroute.losses import combined, preference_loss, sft_loss
+from gate.logits import logits_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +41,15 @@ class Router:
 
     def forward(self, rows: Sequences) -> tuple[Tensor, Tensor, Tensor]:
         """(router's log-probabilities [N, V], head's scores [N, E], targets int64 [N])."""
-        hidden = self.model.model(rows.ids[:, :-1], use_cache=False).last_hidden_state[rows.answer[:, 1:]]
+        logits, hidden = logits_at(self.model, rows.ids[:, :-1], rows.answer[:, 1:])
         targets = rows.ids[:, 1:][rows.answer[:, 1:]]
-        return self.model.lm_head(hidden).float().log_softmax(-1), self.head(hidden.float()), targets
+        return logits.float().log_softmax(-1), self.head(hidden.float()), targets
 
     @torch.no_grad()
     def told(self, rows: Sequences) -> Tensor:
         """The experts' log-probabilities [N, E, V]."""
-        found = []
-        for expert in self.experts:
-            hidden = expert.model(rows.ids[:, :-1], use_cache=False).last_hidden_state[rows.answer[:, 1:]]
-            found.append(expert.lm_head(hidden).float().log_softmax(-1))
-        return torch.stack(found, dim=1)
+        said = [logits_at(expert, rows.ids[:, :-1], rows.answer[:, 1:])[0] for expert in self.experts]
+        return torch.stack([logits.float().log_softmax(-1) for logits in said], dim=1)
 
     def rows(self, pairs: list[tuple[Question, str]]) -> Sequences:
         return self.encoder.batch(pairs).to(self.device)

@@ -52,7 +52,7 @@ def test_answers_are_graded_kept_and_tabulated(
     plot = tmp_path / "table.png"
     command = ["report", str(output), "--compare", "gate", "--markdown", str(table), "--plot", str(plot)]
     assert main(command) == 0
-    assert "| mixed | math | +1.000 [+1.00, +1.00] |" in table.read_text(encoding="utf-8")
+    assert "| mixed | math | +1.000 [-0.42, +1.00] |" in table.read_text(encoding="utf-8")
     assert plot.stat().st_size > 1000
 
 

@@ -175,12 +175,12 @@ def test_all_is_resampled_within_domains():
 
 
 def test_differences_are_paired():
-    """Two rows that are right on the same half differ by nothing, however wide their own intervals are."""
+    """Two rows that are right on the same half, but for one prompt, differ little, however wide their own intervals."""
     half = [0, 1] * 20
     bootstrap = Bootstrap(["d"] * 40)
     assert bootstrap.accuracy(half)["d"].high > 0.6
-    same = bootstrap.difference(half, half)["d"]
-    assert (same.low, same.mean, same.high) == (0, 0, 0)
+    close = bootstrap.difference(half, [0, 0, *half[2:]])["d"]
+    assert (close.low, close.mean, close.high) == (0, 1 / 40, pytest.approx(3 / 40))
 
 
 def test_where_all_agree_the_interval_is_exact():
@@ -189,6 +189,17 @@ def test_where_all_agree_the_interval_is_exact():
     right, wrong = bootstrap.accuracy([1] * 100)["d"], bootstrap.accuracy([0] * 100)["d"]
     assert right.low**100 == pytest.approx(0.025)
     assert (right.high, wrong.low, wrong.high) == (1, 0, pytest.approx(1 - right.low))
+
+
+@pytest.mark.parametrize(("right", "other"), [(1, 0), (0, 0), (1, 1), (0, 1)])
+def test_where_all_pairs_differ_alike_the_interval_is_exact(right, other):
+    """A mean at the end of the interval leaves each pair its difference with a chance of which a hundred in a row have
+    2.5%. The other differences lie as far away as they can: -1, or 1, or either."""
+    found = Bootstrap(["d"] * 100).difference([right] * 100, [other] * 100)["d"]
+    difference, chance = right - other, 0.025 ** (1 / 100)
+    assert found.mean == difference
+    assert found.low == pytest.approx(chance * difference - (1 - chance))
+    assert found.high == pytest.approx(chance * difference + (1 - chance))
 
 
 def test_join_refuses_other_prompts_and_repeated_rows(tmp_path):
@@ -214,6 +225,7 @@ def test_table_and_comparison(tmp_path):
     assert comparison.difference["all"].mean == 0.5
     assert (comparison.apart["math"], comparison.apart["all"]) == (False, True)
     text = markdown(table, [comparison])
+    assert "or all paired differences are equal." in text
     assert "| gate | 1.000 [0.83, 1.00] | 1.000 [0.83, 1.00] | 1.000 [0.91, 1.00] |" in text
     assert "| all | math | +0.500 [+0.50, +0.50] | yes |" in text
     with pytest.raises(EvaluationError, match="no row is named 'gat'"):

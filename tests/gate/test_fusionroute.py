@@ -1,5 +1,6 @@
 """FusionRoute's losses against values worked out by hand, and the gate that serves its routing head."""
 
+import copy
 import json
 import math
 import random
@@ -7,14 +8,16 @@ import random
 import pytest
 import torch
 from torch import nn
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM as Causal
+from transformers import AutoTokenizer, Gemma2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM
 
 from gate import checkpoint
-from gate.evaluate import Answers, Question, new_results, read_questions, save_results
+from gate.evaluate import Answers, EvaluationError, Question, new_results, read_questions, save_results
 from gate.fusionroute.data import Encoder, Sequences, batches, preferences
 from gate.fusionroute.export import export
 from gate.fusionroute.losses import combined, disagreement, preference_loss, routing_loss, sft_loss
 from gate.fusionroute.train import Router, Settings, fit_preferences, fit_references
+from gate.greedy import Greedy
 from tests.gate.examples import ROOT
 
 AGREE = [[0.7, 0.2, 0.1], [0.6, 0.3, 0.1]]
@@ -82,6 +85,10 @@ def test_preferences_pair_right_with_wrong_and_fall_back_to_the_reference(tmp_pa
     pairs = preferences(prompts, tmp_path / "r.json", random.Random(0))
     assert [(right, wrong) for _, right, wrong in pairs] == [("A0", "B0"), ("right 1", pairs[1][2])]
     assert pairs[1][2] in {"A1", "B1"}
+    assert preferences(prompts, tmp_path / "r.json", random.Random(0), limit=1) == pairs[:1]
+    prompts.write_text(prompts.read_text().replace("right 0", "right 9"))
+    with pytest.raises(EvaluationError, match="not the prompts that"):
+        preferences(prompts, tmp_path / "r.json", random.Random(0))
 
 
 def test_an_epoch_holds_everything_once():
@@ -115,6 +122,45 @@ def test_training_makes_right_answers_probable_and_leaves_the_experts_alone():
     assert torch.equal(router.head.weight, head)
     after = [parameter for expert in router.experts for parameter in expert.parameters()]
     assert all(torch.equal(*both) for both in zip(frozen, after, strict=True))
+
+
+SMALL = {
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Gemma2Config(**SMALL, head_dim=16, final_logit_softcapping=1.0), GraniteConfig(**SMALL, logits_scaling=0.1)],
+    ids=["soft cap", "scale"],
+)
+def test_logprobs_are_those_of_the_whole_model(config, tmp_path):
+    """Also where the model changes what its output layer gives, which only its own forward pass knows."""
+    model = Causal.from_config(config).eval()
+    folder = ROOT / "deploy/demo/experts/math"
+    encoder = Encoder(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    row = {"messages": [{"role": "user", "content": "hi"}], "answer": "long answer"}
+    question = Question("0", "d", row["messages"], row)
+    rows = encoder.batch([(question, row["answer"]), (question, "no")])
+    router = Router(copy.deepcopy(model), [model], encoder, "cpu")
+    router.model.eval()
+    with torch.no_grad():
+        whole = model(rows.ids[:, :-1]).logits[rows.answer[:, 1:]].log_softmax(-1)
+        entering = model.model(rows.ids[:, :-1]).last_hidden_state[rows.answer[:, 1:]]
+        assert not torch.allclose(model.lm_head(entering).log_softmax(-1), whole, atol=1e-2)
+        logprobs, scores, targets = router.forward(rows)
+    torch.testing.assert_close(logprobs, whole)
+    torch.testing.assert_close(router.told(rows)[:, 0], whole)
+    torch.testing.assert_close(scores, router.head(entering))
+    (tmp_path / "p.jsonl").write_text(json.dumps(row))
+    count = int(rows.answer[0].sum())
+    expected = float(whole[:count].gather(1, targets[:count].unsqueeze(1)).sum())
+    assert Greedy(model, folder, tmp_path / "p.jsonl").answer_logprob() == pytest.approx(expected, rel=1e-4)
 
 
 def test_response_logprobs_sum_each_rows_own_answer():

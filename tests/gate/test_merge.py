@@ -1,6 +1,7 @@
 """Merging, against values worked out by hand."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -90,6 +91,15 @@ def test_tuning_asks_the_merged_models_and_the_best_is_saved(tmp_path):
     recipe, tried = tune("linear", None, [state, state], Greedy(model, EXPERTS / "math", prompts), 0)
     assert (recipe, tried[0]["accuracy"]) == (Recipe("linear"), 0.5)
     assert tried[0]["answer_logprob"] < -1
-    save(model, EXPERTS / "math", tmp_path / "merged")
+    like = tmp_path / "like"
+    shutil.copytree(EXPERTS / "math", like)
+    config = json.loads((like / "config.json").read_text())
+    kind = config.pop("dtype")
+    assert kind != "float32"
+    (like / "config.json").write_text(json.dumps({**config, "torch_dtype": kind}))
+    (like / "chat_template.jinja").write_text("{{ messages }}")
+    save(model, like, tmp_path / "merged")
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == kind
     again = load(tmp_path / "merged").state_dict()
     assert all(torch.equal(again[name], state[name]) for name in state)
