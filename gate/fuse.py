@@ -40,16 +40,17 @@ def candidates(topk_logprobs: Tensor, topk_ids: Tensor, vocabulary_size: int) ->
     return Candidates(union, logprobs)
 
 
-def fuse(coefficients: Tensor, union: Candidates, space: str) -> Tensor:
+def fuse(coefficients: Tensor, union: Candidates, space: str, temperature: float = 1.0) -> Tensor:
     """Log-probabilities [N, U] of the fused distribution, normalised over the union; -inf in unused slots.
 
-    `logprob`: sum of c_i log p_i. `prob`: log of sum of w_i p_i. coefficients [N, E].
+    `logprob`: sum of c_i log p_i. `prob`: log of sum of w_i p_i. coefficients [N, E]. `temperature` divides these
+    scores, as where a token is drawn.
     """
     if space == "logprob":
         scores = (coefficients.unsqueeze(2) * union.logprobs).sum(1)
     else:
         scores = (coefficients.clamp_min(1e-12).log().unsqueeze(2) + union.logprobs).logsumexp(1)
-    return scores.masked_fill(union.ids < 0, -torch.inf).log_softmax(1)
+    return (scores / temperature).masked_fill(union.ids < 0, -torch.inf).log_softmax(1)
 
 
 def token_slots(union: Candidates, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,12 +35,13 @@ def _states(memory: torch.nn.GRUCell, seen: Tensor, mask: Tensor) -> Tensor:
     return torch.stack(along, dim=1)[mask]
 
 
-def token_logprobs(model: GateModel, space: str, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Fused log-probability of every token ([B, T], mask [B, T]). Tokens that no expert lists are masked out."""
+def token_logprobs(model: GateModel, space: str, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability of every token as drawn from the fusion at `temperature` ([B, T], mask [B, T]). Tokens that no
+    expert lists are masked out, and 0."""
     union = candidates(batch.topk_logprobs, batch.topk_ids, batch.vocabulary_size)
     slots, listed = token_slots(union, batch.tokens)
-    fused = fuse(gate_coefficients(model, batch), union, space)
-    found = fused.gather(1, slots.unsqueeze(1)).squeeze(1)
+    fused = fuse(gate_coefficients(model, batch), union, space, temperature)
+    found = fused.gather(1, slots.unsqueeze(1)).squeeze(1).masked_fill(~listed, 0.0)
     logprobs = found.new_zeros(batch.mask.shape).masked_scatter(batch.mask, found)
     return logprobs, torch.zeros_like(batch.mask).masked_scatter(batch.mask, listed)
 

@@ -19,14 +19,14 @@ from gate.curves import Point
 from gate.dataset import Batch, Records
 from gate.model import GateModel
 from gate.objective import clipped_policy_loss, divergence, group_advantages, token_logprobs
-from gate.train import Progress
+from gate.train import Progress, finite
 
 
 @dataclass(frozen=True, slots=True)
 class Refinement:
     """Settings of the refinement; `epochs` updates are made on each step's samples, `divergence_weight` holds the gate
-    near the one it started from. It ends early when `patience` validations, one every `interval` steps, brought nothing
-    better."""
+    near the one it started from. `temperature` is of the samples, and so of the policy that learns from them. It ends
+    early when `patience` validations, one every `interval` steps, brought nothing better."""
 
     steps: int
     prompts: int = 32
@@ -75,6 +75,8 @@ def refine(
         progress.measure(model, reward)
         progress.points.append(Point("refine", 0, validation=reward))
     for step in range(progress.step + 1, settings.steps + 1):
+        if validation and progress.since >= settings.patience:
+            break
         policy.load(model)
         chosen = random.Random(f"{seed} {step}").sample(training, min(settings.prompts, len(training)))
         made = policy.sample(chosen, settings.group, temperature=settings.temperature, seed=seed * 1_000_003 + step)
@@ -90,8 +92,6 @@ def refine(
         progress.points.append(point)
         progress.keep(model, optimizer, step)
         report(progress)
-        if validation and progress.since >= settings.patience:
-            break
     model.load_state_dict(progress.best)
 
 
@@ -113,11 +113,12 @@ def update(
     batch = made.batch(useful, device)
     gains = advantages[useful].to(device)
     with torch.no_grad():
-        old, mask = token_logprobs(model, space, batch)
-        first, _ = token_logprobs(start, space, batch)
+        old, mask = token_logprobs(model, space, batch, settings.temperature)
+        first, _ = token_logprobs(start, space, batch, settings.temperature)
         away = float(divergence(old, first, mask))
     for _ in range(settings.epochs):
         loss = _loss(model, space, batch, old, first, gains, settings)
+        finite(loss.item(), "a refinement's loss")
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -128,6 +129,6 @@ def update(
 def _loss(
     model: GateModel, space: str, batch: Batch, old: Tensor, first: Tensor, gains: Tensor, settings: Refinement
 ) -> Tensor:
-    now, mask = token_logprobs(model, space, batch)
+    now, mask = token_logprobs(model, space, batch, settings.temperature)
     loss = clipped_policy_loss(now, old, mask, gains, settings.clip)
     return loss + settings.divergence_weight * divergence(now, first, mask)

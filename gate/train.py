@@ -5,6 +5,7 @@ Held-out prompts decide which weights are kept and when to stop; what is in betw
 
 import copy
 import hashlib
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -29,6 +30,13 @@ _VALIDATION_BATCH = 512
 
 class TrainingError(GateError):
     """Nothing can be learned from these responses."""
+
+
+def finite(value: float, what: str) -> float:
+    """`value`. Raises TrainingError if it is no number: then the weights are none either, or the traces."""
+    if not math.isfinite(value):
+        raise TrainingError(f"{what} is {value}: lower the learning rate, or look for such numbers in the traces")
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +131,8 @@ def fit(
         optimizer.load_state_dict(progress.optimizer)
     losses: list[float] = []
     for step in range(progress.step, settings.updates):
+        if progress.since >= settings.patience:
+            break
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * (1 - step / settings.updates)
         batch = records.batch(_drawn(training, settings.batch_size, step, seed), device)
@@ -131,7 +141,7 @@ def fit(
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        losses.append(loss.item())
+        losses.append(finite(loss.item(), f"the loss of update {step + 1}"))
         if (step + 1) % settings.interval == 0 or step + 1 == settings.updates:
             measured = validation_loss(model, contract.space, records, validation, settings.negative_weight)
             progress.measure(model, step if measured is None else -measured)
@@ -139,8 +149,6 @@ def fit(
             progress.keep(model, optimizer, step + 1)
             report(progress)
             losses = []
-            if progress.since >= settings.patience:
-                break
     model.load_state_dict(progress.best)
 
 
@@ -166,7 +174,7 @@ def validation_loss(
         logprobs, mask = token_logprobs(model, space, batch)
         loss = broadcast_loss(logprobs, mask, batch.rewards, negative_weight)
         total, tokens = total + loss.item() * mask.sum().item(), tokens + mask.sum().item()
-    return total / max(1.0, tokens)
+    return finite(total / max(1.0, tokens), "the loss on held-out prompts")
 
 
 def forward_microseconds(gate: Gate, rows: int, repeats: int = 200) -> float:

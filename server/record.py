@@ -158,6 +158,10 @@ def _policies(config: Config, options: argparse.Namespace) -> dict[str, Policy]:
     if unknown := [name for name in names if name not in offered]:
         raise ConfigError(f"--policies: {unknown[0]!r} is not one of {', '.join(offered)} (a gate comes with --gate)")
     chosen = {name: offered[name] for name in names}
+    for name in (*GIVEN, *([] if options.gate is None else ["gate"])):
+        if name in chosen:
+            other = "what other responses of a recording are called; rename it, or leave it out with --policies"
+            raise ConfigError(f"{name!r} (an expert or policy) is {other}")
     if options.gate is not None:
         chosen["gate"] = Gate()
     if not chosen and not options.answers and options.responses is None:

@@ -16,9 +16,9 @@ from gate.objective import (
     group_advantages,
     token_logprobs,
 )
-from gate.refine import Refinement, refine
+from gate.refine import Refinement, refine, update
 from gate.train import Broadcast, Progress, TrainingError, fit, held_out, split
-from tests.gate.examples import VOCABULARY, contract, records
+from tests.gate.examples import EXPERTS, VOCABULARY, contract, records, topk
 
 CPU = torch.device("cpu")
 
@@ -74,6 +74,16 @@ def test_tokens_that_nobody_lists_are_left_out():
     made.tokens[0] = absent
     _, mask = token_logprobs(GateModel(contract()), "logprob", made.batch(torch.arange(1), CPU))
     assert mask.tolist() == [[False, True]]
+
+
+def test_a_token_that_nobody_lists_is_no_nan_where_an_expert_is_absent():
+    made = records(responses=1, length=2)
+    made.topk_logprobs[0, 0], made.topk_ids[0, 0] = -torch.inf, -1
+    absent = (set(range(VOCABULARY)) - set(made.topk_ids[0].reshape(-1).tolist())).pop()
+    made.tokens[0] = absent
+    logprobs, mask = token_logprobs(GateModel(contract()), "logprob", made.batch(torch.arange(1), CPU))
+    assert mask.tolist() == [[False, True]]
+    assert divergence(logprobs, logprobs, mask) == 0
 
 
 def test_broadcast_loss_directions():
@@ -148,6 +158,37 @@ def test_an_interrupted_training_ends_like_an_uninterrupted_one():
         torch.testing.assert_close(one, other)
 
 
+def test_a_training_that_was_killed_after_its_early_stop_does_not_go_on():
+    agreed, made = contract(), records(responses=60)
+    made.rewards[40:] = 1 - made.rewards[40:]
+    parts = torch.arange(40), torch.arange(40, 60)
+    settings = Broadcast(updates=1000, batch_size=20, negative_weight=1.0, interval=5, patience=3)
+    model, kept = GateModel(agreed), []
+    fit(model, agreed, made, parts, settings, Progress(), seed=0, report=lambda now: kept.append(copy.deepcopy(now)))
+    resumed, stopped = GateModel(agreed), kept[-1].step
+    fit(resumed, agreed, made, parts, settings, kept[-1], seed=0, report=silent)
+    assert kept[-1].step == stopped < 200
+    assert all(torch.equal(*both) for both in zip(model.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("place", "words"), [(0, "the loss of update 1 is nan"), (50, "on held-out prompts is nan")])
+def test_losses_that_are_no_numbers_are_named(place, words):
+    agreed, made = contract(), records(responses=60, length=1)
+    made.topk_logprobs[place] = torch.nan
+    settings = Broadcast(updates=10, batch_size=40, interval=5)
+    with pytest.raises(TrainingError, match=words):
+        fit(
+            GateModel(agreed),
+            agreed,
+            made,
+            (torch.arange(40), torch.arange(40, 60)),
+            settings,
+            Progress(),
+            seed=0,
+            report=silent,
+        )
+
+
 def test_group_advantages():
     advantages = group_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), group=2)
     assert advantages[0] > 0 > advantages[1]
@@ -175,6 +216,38 @@ def test_policy_gradient_raises_rewarded_responses():
         optimizer.step()
     gain = ((now - old) * mask).sum(1)
     assert gain[advantages > 0].mean() > 0 > gain[advantages < 0].mean()
+
+
+def everything_listed(responses):
+    """Responses of one token, over lists that hold the whole vocabulary."""
+    generator = torch.Generator().manual_seed(1)
+    logprobs, ids = topk(responses, generator, listed=VOCABULARY)
+    return dataclasses.replace(
+        records(responses, length=1),
+        topk_logprobs=logprobs.half(),
+        topk_ids=ids.int(),
+        tokens=torch.randint(0, VOCABULARY, (responses,), generator=generator).int(),
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 2.0])
+def test_refinement_follows_the_policy_that_drew(temperature):
+    """Against the gradient of sum_i advantage_i log p_T(token_i), with p_T worked out over the whole vocabulary."""
+    made = everything_listed(8)
+    agreed = contract(("topk",))
+    model = GateModel(agreed)
+    before, parameters = copy.deepcopy(model), [*model.parameters()]
+    settings = Refinement(steps=1, group=8, epochs=1, divergence_weight=0.0, temperature=temperature)
+    update(model, copy.deepcopy(model), "logprob", made, settings, torch.optim.SGD(parameters, lr=1e-3))
+
+    batch = made.batch(torch.arange(8), CPU)
+    own = torch.empty(8, len(EXPERTS), VOCABULARY).scatter_(2, batch.topk_ids, batch.topk_logprobs)
+    scores = torch.einsum("ne,nev->nv", gate_coefficients(before, batch), own) / temperature
+    told = scores.log_softmax(1)[torch.arange(8), batch.tokens]
+    wanted = torch.autograd.grad((group_advantages(made.rewards, 8) * told).mean(), [*before.parameters()])
+    moved = [after - was for after, was in zip(parameters, before.parameters(), strict=True)]
+    one, other = (torch.cat([part.flatten() for part in parts]).double() for parts in (moved, wanted))
+    assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.9999
 
 
 class MadeUpPolicy:
@@ -223,6 +296,18 @@ def test_refinement_raises_the_greedy_reward_on_held_out_prompts():
     assert max(point.divergence or 0 for point in progress.points) > 0
     drawn = {prompt for prompts, copies, _ in policy.asked if copies == 8 for prompt in prompts}
     assert drawn <= set(range(48))
+
+
+def test_a_refinement_that_was_killed_after_its_early_stop_does_not_go_on():
+    agreed = contract()
+    policy, model = MadeUpPolicy(agreed), GateModel(agreed)
+    progress = Progress(phase="refine")
+    settings = Refinement(steps=50, prompts=4, group=4, learning_rate=0.0, interval=1, patience=2)
+    refine(model, agreed, policy, ([0, 1, 2, 3], [4, 5]), settings, progress, seed=0, report=silent)
+    assert (progress.step, progress.since) == (2, 2)
+    policy.asked.clear()
+    refine(model, agreed, policy, ([0, 1, 2, 3], [4, 5]), settings, progress, seed=0, report=silent)
+    assert progress.step == 2 and not policy.asked
 
 
 def test_a_step_without_a_difference_changes_nothing():

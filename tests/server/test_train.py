@@ -276,6 +276,20 @@ def test_recordings_that_cannot_be(
     assert not (tmp_path / "traces").exists()
 
 
+@pytest.mark.parametrize(("name", "more"), [("answer", ()), ("response", ("--answers",)), ("gate", ("--gate", "g.pt"))])
+def test_an_expert_with_the_name_of_other_responses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, more: tuple[str, ...]
+) -> None:
+    """It would be taken for these, and never be drawn."""
+    data = demo.configuration(experts=EXPERTS)
+    data["experts"][1]["name"] = name
+    config, path = tmp_path / "named.yaml", tmp_path / "prompts.jsonl"
+    config.write_text(yaml.safe_dump(data))
+    path.write_text(json.dumps({"id": "a", "messages": SHORT, "answer": "b"}))
+    assert record(config, path, "--grader", "exact", *more) == 1
+    assert_one_line(capsys, f"{name!r} (an expert or policy) is what other responses of a recording are called")
+
+
 def test_a_fingerprint_sees_weights_and_texts(config: Path, tmp_path: Path) -> None:
     first = fingerprints(load_config(config))
     assert first == fingerprints(load_config(write_config(tmp_path / "same.yaml")))
