@@ -123,7 +123,9 @@ class _Filling:
         with open_shard(path) as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata()
-        if metadata.get("digest") != digest(arrays):
+        if missing := self._tensors.keys() - arrays.keys():
+            raise TraceError(f"{path}: has no {', '.join(sorted(missing))}")
+        if metadata["digest"] != digest(arrays):
             raise TraceError(f"{path}: damaged: its contents are not what was written")
         tokens, responses = slice(self._token, self._token + len(arrays["tokens"])), len(self._prompts)
         for name, tensor in self._tensors.items():
@@ -132,8 +134,11 @@ class _Filling:
                 shapes = f"shape {arrays[name].shape}, expected {tuple(tensor[where].shape)}"
                 raise TraceError(f"{path}: {name} has {shapes}")
             tensor[where] = torch.from_numpy(arrays[name])
+        ids = json.loads(metadata["ids"])
+        if len(ids) != len(arrays["lengths"]):
+            raise TraceError(f"{path}: {len(ids)} prompts' ids for {len(arrays['lengths'])} responses")
         self._token = tokens.stop
-        self._prompts += json.loads(metadata["ids"])
+        self._prompts += ids
 
     def records(self) -> Records:
         tensors = self._tensors

@@ -6,8 +6,8 @@
         was chosen; -1 and -inf where an expert gave nothing), hidden.i float16[N, H_i] (what enters expert i's output
         layer), tokens int32[N] (the response's own), lengths int32[R], rewards float32[R] (of whole responses, 0..1),
         tasks int64[R] (which planned response it is), prompts int32[R] (line of the prompts file), sources int32[R]
-        (index into the manifest's), temperatures float32[R]. The header holds the prompts' ids and a digest of the
-        tensors.
+        (index into the manifest's), temperatures float32[R]. The header holds the prompts' ids, a digest of the tensors
+        and the manifest's sha256, so that no shard passes for another recording's.
 
 Every file is written whole or not at all. Knows nothing of models, of gates or of torch.
 """
@@ -31,7 +31,8 @@ from safetensors.numpy import save as encode
 
 from gate.errors import GateError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 had no sha256 of the manifest in its shards."""
 MANIFEST = "manifest.json"
 SHARD_BYTES = 64 << 20
 SHARD_SECONDS = 60.0
@@ -119,9 +120,15 @@ def shards(directory: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def open_shard(path: Path) -> Iterator[Any]:
-    """A shard as safetensors' lazy file of numpy arrays. Raises TraceError if it is damaged."""
+    """A shard as safetensors' lazy file of numpy arrays. Raises TraceError if it is damaged, or not of the manifest
+    beside it."""
     try:
         with safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
+            if missing := {"digest", "ids", "manifest"} - header.keys():
+                raise TraceError(f"{path}: its header has no {', '.join(sorted(missing))}")
+            if header["manifest"] != _sha256(path.parent / MANIFEST):
+                raise TraceError(f"{path}: was recorded under another {MANIFEST} than the one beside it")
             yield file
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         if isinstance(error, TraceError):
@@ -191,7 +198,11 @@ class TraceWriter:
         if not self._waiting:
             return
         tensors = _tensors(self._waiting)
-        metadata = {"digest": digest(tensors), "ids": json.dumps([each.prompt_id for each in self._waiting])}
+        metadata = {
+            "digest": digest(tensors),
+            "ids": json.dumps([each.prompt_id for each in self._waiting]),
+            "manifest": _sha256(self._directory / MANIFEST),
+        }
         _write(self._directory / f"shard-{self._next:05d}.safetensors", encode(tensors, metadata))
         self.done.update(each.task for each in self._waiting)
         self._next += 1
@@ -224,6 +235,10 @@ def _tensors(responses: list[Response]) -> dict[str, Array]:
         hidden = np.concatenate([each.hidden[index] for each in responses])
         tensors[f"hidden.{index}"] = hidden.clip(-_HALF, _HALF).astype(np.float16)
     return tensors
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -30,10 +30,12 @@ def test_hidden_states_are_read_only_when_wanted(tmp_path):
     assert dataset.load(tmp_path, hidden=False)[1].hidden == []
 
 
-def damaged(path, **changes):
-    tensors = load_file(path) | changes
-    metadata = {"digest": traces.digest(tensors), "ids": '["p0", "p0"]'}
-    save_file(tensors, path, metadata)
+def damaged(path, without="", header=None, **changes):
+    """Other tensors, or one left out, under a header that fits them; or a header of one's own."""
+    with traces.open_shard(path) as file:
+        metadata = file.metadata()
+    tensors = {name: tensor for name, tensor in (load_file(path) | changes).items() if name != without}
+    save_file(tensors, path, metadata | {"digest": traces.digest(tensors)} if header is None else header)
 
 
 def flip_a_bit(path):
@@ -49,6 +51,13 @@ def flip_a_bit(path):
         (lambda path: path.write_bytes(b""), "truncated"),
         (flip_a_bit, "damaged"),
         (lambda path: damaged(path, topk_ids=np.zeros((6, 2, 5), np.int32)), "topk_ids has shape"),
+        (
+            lambda path: damaged(path, lengths=np.array([6], np.int32), rewards=np.zeros(1, np.float32)),
+            "2 prompts' ids",
+        ),
+        (lambda path: damaged(path, without="hidden.1"), r"has no hidden\.1"),
+        (lambda path: damaged(path, without="tokens"), "not a shard of traces"),
+        (lambda path: damaged(path, header={}), "its header has no digest, ids, manifest"),
         (lambda path: path.unlink(), "no shards"),
         (lambda path: (path.parent / MANIFEST).write_text('{"format_version": 1}'), "manifest"),
     ],

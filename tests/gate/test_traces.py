@@ -1,16 +1,18 @@
 """Traces on disk: what is written comes back, interruptions lose nothing, and damage is named."""
 
 import json
+import shutil
 
 import msgspec
 import numpy as np
 import pytest
 
 from gate import traces
+from gate.dataset import load
 from gate.traces import Manifest, Response, TraceError, TraceWriter, difference, read_manifest, shards
 
 MANIFEST = Manifest(
-    format_version=1,
+    format_version=traces.FORMAT_VERSION,
     experts=["math", "text"],
     models=["aa", "bb"],
     vocabulary_hash="ab" * 32,
@@ -123,6 +125,17 @@ def test_damage_is_named(tmp_path):
     (tmp_path / traces.MANIFEST).unlink()
     with pytest.raises(TraceError, match=r"no manifest\.json"):
         TraceWriter(tmp_path, MANIFEST)
+
+
+def test_a_shard_of_another_recording_is_refused(tmp_path):
+    """Of the same shapes, so that nothing else would tell."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    written(ours, [0, 1])
+    written(theirs, [0, 1, 2], msgspec.structs.replace(MANIFEST, experts=["x", "y"]))
+    shutil.copy(shards(theirs)[0], ours / "shard-00001.safetensors")
+    for read in (lambda: load(ours, hidden=True), lambda: TraceWriter(ours, MANIFEST)):
+        with pytest.raises(TraceError, match=r"shard-00001\.safetensors: was recorded under another manifest\.json"):
+            read()
 
 
 def test_no_traces(tmp_path):
