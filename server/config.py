@@ -29,20 +29,27 @@ _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB)\s*$")
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
-_NOT_ENGINE_ARGS = {
+NOT_ENGINE_ARGS = {
     "async_scheduling",
+    "data_parallel_size",
     "disable_log_stats",
     "distributed_executor_backend",
     "dtype",
+    "enable_batch_sharded_sampling",
     "enable_chunked_prefill",
     "kv_cache_memory_bytes",
     "logits_processors",
+    "logprobs_mode",
     "max_model_len",
     "max_num_batched_tokens",
     "max_num_seqs",
     "model",
+    "pipeline_parallel_size",
     "scheduling_policy",
     "skip_tokenizer_init",
+    "spec_method",
+    "spec_model",
+    "spec_tokens",
     "speculative_config",
     "tensor_parallel_size",
     "use_tqdm_on_load",
@@ -297,7 +304,7 @@ def _expert_problem(expert: ExpertConfig) -> str | None:
         return f"{where}.cpus: device is cuda"
     if expert.gpus is not None and len(expert.gpus) != expert.tensor_parallel_size:
         return f"{where}.gpus: {len(expert.gpus)} given, tensor_parallel_size is {expert.tensor_parallel_size}"
-    if taken := sorted(_NOT_ENGINE_ARGS.intersection(expert.engine_args)):
+    if taken := sorted(NOT_ENGINE_ARGS.intersection(expert.engine_args)):
         return f"{where}.engine_args: {taken[0]!r} is not free: it has a key of its own or the rendezvous depends on it"
     if expert.kv_cache_memory is not None and not _SIZE.match(expert.kv_cache_memory):
         return f"{where}.kv_cache_memory: {expert.kv_cache_memory!r} is not a size such as 512MiB or 20GiB"

@@ -82,7 +82,7 @@ class VllmEngine:
         self._preemptions = 0
         self._scores: list[tuple[int, npt.NDArray[np.float32]]] = []
         self._cached: dict[int, int] = {}
-        self.info = _ready(config)
+        self.info = describe(config)
 
     def add(self, add: Add) -> None:
         params = SamplingParams(
@@ -318,10 +318,13 @@ def _capture_hidden(model: torch.nn.Module, keep: Any) -> None:
     heads[0].register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _ready(config: Any) -> Ready:
-    block_size = config.cache_config.block_size
+def describe(config: Any) -> Ready:
+    """What an engine is, of its `VllmConfig` once it is loaded."""
+    cache, block_size = config.cache_config, config.cache_config.block_size
+    blocks = (cache.num_gpu_blocks - 1) * block_size
     return Ready(
-        kv_tokens=(config.cache_config.num_gpu_blocks - 1) * block_size,
+        # Where layers of several kinds share the blocks, a token takes one of each: vLLM counts what that leaves.
+        kv_tokens=blocks if cache.kv_cache_size_tokens is None else min(blocks, cache.kv_cache_size_tokens),
         block_size=block_size,
         max_model_len=config.model_config.max_model_len,
         vocab_size=config.model_config.get_vocab_size(),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from server.config import ExpertConfig, parse_config
+from server.errors import ConfigError
 from server.expert.process import environment, projecting_gate
 from server.placement import Placement
 from tests.e2e import demo, gates
@@ -75,3 +76,13 @@ def test_of_several_ranks_the_first_projects(tmp_path: Path) -> None:
     gate = projecting_gate(config, place(0))
     assert gate is not None and gate.contract.inputs == ["topk", "hidden"]
     assert projecting_gate(config, place(1)) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["enable_batch_sharded_sampling", "pipeline_parallel_size", "data_parallel_size", "logprobs_mode", "spec_model"],
+)
+def test_an_engine_is_not_told_what_the_rendezvous_cannot_survive(name: str) -> None:
+    data = demo.configuration(only={"math": {"engine_args": {name: 1}}})
+    with pytest.raises(ConfigError, match=f"engine_args: '{name}' is not free"):
+        parse_config(data, directory=demo.DEMO)

@@ -1,8 +1,11 @@
-"""The books that tell which logits row is which sequence, for both of vLLM's interfaces. No engine is started, but
-importing vLLM's interfaces takes seconds: everything that needs them is in this file."""
+"""The books that tell which logits row is which sequence, for both of vLLM's interfaces, and what the adapter reads in
+vLLM's configuration. No engine is started, but importing vLLM takes seconds: everything that needs it is in this file.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import os
 import warnings
 from types import SimpleNamespace
@@ -11,20 +14,29 @@ import numpy as np
 import pytest
 import torch
 
+from server.config import NOT_ENGINE_ARGS
+
 VOCABULARY = 11
 NOWHERE = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def rendezvous():
-    """The module under test; what vLLM warns of at import is not ours."""
+def quietly(name: str):
+    """A module that needs vLLM; what vLLM warns of at import is not ours."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     pytest.importorskip("vllm")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from server.expert import rendezvous
+        return importlib.import_module(name)
 
-        return rendezvous
+
+@pytest.fixture(scope="module")
+def rendezvous():
+    return quietly("server.expert.rendezvous")
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    return quietly("server.expert.vllm_engine")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -238,3 +250,19 @@ def test_detached_it_lets_logits_through(rendezvous):
     second = rendezvous.V2Rendezvous(None, SimpleNamespace(max_num_reqs=1))
     second.add_request(0, params(rendezvous, 3))
     assert torch.equal(second.apply(before.clone(), context([0], [5])), before)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "counted", "expected"),
+    [(101, None, 1600), (101, 1616, 1600), (101, 500, 500)],  # one kind of layers: vLLM counts the null block too
+)
+def test_kv_capacity_is_what_all_kinds_of_layers_hold(adapter, blocks, counted, expected):
+    model = SimpleNamespace(max_model_len=64, get_vocab_size=lambda: VOCABULARY, get_hidden_size=lambda: 8)
+    cache = SimpleNamespace(block_size=16, num_gpu_blocks=blocks, kv_cache_size_tokens=counted)
+    info = adapter.describe(SimpleNamespace(cache_config=cache, model_config=model))
+    assert (info.kv_tokens, info.block_size, info.max_model_len, info.vocab_size) == (expected, 16, 64, VOCABULARY)
+
+
+def test_what_a_configuration_may_not_say_are_arguments_of_vllm(adapter):
+    """A misspelt or renamed one would be let through."""
+    assert {field.name for field in dataclasses.fields(adapter.EngineArgs)} >= NOT_ENGINE_ARGS
