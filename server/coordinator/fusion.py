@@ -160,7 +160,11 @@ def _combine(values: Float32, listed: Bool, allowed: Bool, coefficients: Float32
             for column in range(candidates):
                 if not allowed[row, column]:
                     continue
-                score = 0.0
+                score, highest = 0.0, np.float32(-np.inf)
+                if prob_space[row]:  # taken out of the sum, which else underflows below exp(-103)
+                    for expert in range(experts):
+                        if coefficients[row, expert] != 0:
+                            highest = max(highest, values[row, expert, column])
                 for expert in range(experts):
                     coefficient, value = coefficients[row, expert], values[row, expert, column]
                     if coefficient == 0:
@@ -169,11 +173,11 @@ def _combine(values: Float32, listed: Bool, allowed: Bool, coefficients: Float32
                     if coefficient < 0 and not bounded:
                         score = np.nan
                     elif prob_space[row]:
-                        score += coefficient * np.exp(value)
+                        score += coefficient * np.exp(value - highest)
                     else:
                         score += coefficient * value
                 if prob_space[row]:
-                    score = np.log(score) if score > 0 else -np.inf
+                    score = highest + np.log(score) if score > 0 else -np.inf
                 if score > -np.inf:  # false for NaN too
                     fused[row, column] = score
                     best = max(best, score)

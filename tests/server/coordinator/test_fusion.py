@@ -254,6 +254,20 @@ def test_an_impossible_token_stays_impossible():
     assert math.exp(mixed[2]) == pytest.approx(0.3)
 
 
+def test_a_mixture_of_probabilities_too_small_for_float32_is_not_impossible():
+    """A forced or biased token may be one that all experts think next to impossible."""
+    ids = np.array([[[0, 1], [0, 1]]], np.int32)
+    logprobs = np.log(np.array([[[0.6, 0.4], [0.5, 0.5]]], np.float32))
+    named = np.array([[7, 8]], np.int32), np.array([[[-120.0, -300.0], [-121.0, -np.inf]]], np.float32)
+    table = tabulate(ids, logprobs, *named, VOCABULARY)
+    weights = np.array([[0.25, 0.75]])
+    fused = combine(table.logprobs, table, weights.astype(np.float32), np.ones(1, bool))
+    everything = np.concatenate([logprobs[0], named[1][0]], axis=1).astype(np.float64)  # [E, 4]
+    expected = logsumexp(everything, axis=0, b=weights.T)
+    np.testing.assert_allclose(fused[0, :4], expected - logsumexp(expected), rtol=1e-5)
+    assert np.isneginf(fused[0, 4:]).all()
+
+
 def test_nothing_can_be_chosen_where_everything_is_masked():
     _, _, logprobs, _, _, table = truncated(6, 3, 2)
     filled = fill_tail(table, logprobs[:, :, -1], VOCABULARY)
