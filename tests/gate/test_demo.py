@@ -78,9 +78,11 @@ def test_shipped_prompt_files_are_disjoint():
         rows = [json.loads(line) for line in (PROMPTS / name).read_text(encoding="utf-8").splitlines()]
         return {row["messages"][-1]["content"] for row in rows}
 
-    train, test = users("train.jsonl"), users("test.jsonl")
+    train, validation, test = users("train.jsonl"), users("validation.jsonl"), users("test.jsonl")
     assert len(test) == 400
     assert not train & test
+    assert not train & validation
+    assert not validation & test
 
 
 def test_shipped_gate_fits_the_shipped_experts():

@@ -1,21 +1,24 @@
 """Writes the demo's prompt files: `python -m deploy.demo.train.prompts`.
 
 `prompts/train.jsonl` is what the gate is trained on, `prompts/test.jsonl` the held-out evaluation: its operand
-pairs, words to transform and (fact, phrasing) pairs occur neither in the first nor in any expert's data. Gates
-were chosen on `prompts/validation.jsonl`: another draw from the training side, never the test side. `--seed` draws
-other prompts; the two sides are the same for every seed.
+pairs, words to transform and (fact, phrasing) pairs occur neither in the first nor in any expert's data. Gates were
+chosen on `prompts/validation.jsonl`: another draw from the training side, never the test side, without the prompts of
+training. Those called `fresh` ask for facts in phrasings that no expert was trained on and the tests do not have.
+`--seed` draws other prompts; the two sides are the same for every seed.
 """
 
 import argparse
+import functools
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 from deploy.demo.train import tasks
 
 FOLDER = Path("deploy/demo/prompts")
-TRAIN_COUNTS = {"math": 500, "text": 600, "chat": 300, "mixed": 1600}
-VALIDATION_COUNTS = {"math": 250, "text": 250, "chat": 250, "mixed": 250}
+TRAIN_COUNTS = {"math": 500, "text": 600, "chat": 300, "fresh": 200, "mixed": 1600}
+VALIDATION_COUNTS = {"math": 250, "text": 250, "fresh": 150, "mixed": 250}
 TEST_COUNT = 100
 SYSTEM_PROBABILITY = 0.2
 EARLIER_PROBABILITY = 0.15
@@ -33,30 +36,34 @@ def opening(rng: random.Random) -> list[dict[str, str]]:
     return messages
 
 
-def distinct(domain: str, count: int, test: bool, rng: random.Random) -> list[tasks.Example]:
-    """Examples with distinct prompts, `count` of them or as many as 20 draws for each find."""
+def distinct(draw: Callable[[], tasks.Example], count: int, taken: set[str]) -> list[tasks.Example]:
+    """Examples with distinct prompts, none of them `taken`: `count`, or as many as 20 draws for each find."""
     chosen: dict[str, tasks.Example] = {}
     for _ in range(20 * count):
-        example = tasks.MAKERS[domain](rng, test)
-        chosen.setdefault(example.prompt, example)
+        example = draw()
+        if example.prompt not in taken:
+            chosen.setdefault(example.prompt, example)
         if len(chosen) == count:
             break
     return list(chosen.values())
 
 
-def rows(counts: dict[str, int], test: bool, seed: int) -> list[dict[str, object]]:
-    """One row per prompt; test prompts stand alone, training prompts sometimes follow something."""
+def rows(file: str, counts: dict[str, int], seed: int, taken: set[str]) -> list[dict[str, object]]:
+    """One row per prompt, none of them `taken`; test prompts stand alone, the others sometimes follow something."""
     rng = random.Random(seed)
-    return [
-        {
-            "id": f"{domain}-{number:04d}",
-            "domain": domain,
-            "messages": [*([] if test else opening(rng)), {"role": "user", "content": example.prompt}],
-            "answer": example.answer(),
-        }
-        for domain, count in counts.items()
-        for number, example in enumerate(distinct(domain, count, test, rng))
-    ]
+    test = file == "test"
+    makers: dict[str, Callable[[], tasks.Example]] = {
+        **{domain: functools.partial(make, rng, test) for domain, make in tasks.MAKERS.items()},
+        "fresh": functools.partial(tasks.fresh_fact_example, rng, file == "validation"),
+    }
+    found: list[dict[str, object]] = []
+    for kind, count in counts.items():
+        for number, example in enumerate(distinct(makers[kind], count, taken)):
+            messages = [*([] if test else opening(rng)), {"role": "user", "content": example.prompt}]
+            row = {"domain": example.domain, "messages": messages, "answer": example.answer()}
+            found.append({"id": f"{kind}-{number:04d}", **row})
+            taken.add(example.prompt)
+    return found
 
 
 def main() -> None:
@@ -67,14 +74,15 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     files = (
-        ("train", TRAIN_COUNTS, False, 11),
-        ("validation", VALIDATION_COUNTS, False, 13),
-        ("test", dict.fromkeys(tasks.DOMAINS, arguments.test), True, 12),
+        ("train", TRAIN_COUNTS, 11),
+        ("validation", VALIDATION_COUNTS, 13),
+        ("test", dict.fromkeys(tasks.DOMAINS, arguments.test), 12),
     )
-    for name, counts, test, base in files:
+    taken: set[str] = set()
+    for name, counts, base in files:
         seed = base + 1000 * arguments.seed
-        found = rows(counts, test, seed)
-        if not test:
+        found = rows(name, counts, seed, taken)
+        if name != "test":
             random.Random(seed).shuffle(found)
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in found)
         (arguments.output / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

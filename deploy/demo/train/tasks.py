@@ -110,6 +110,51 @@ FACT_PHRASINGS = {
     ),
 }
 
+# No expert was trained on these. A gate that only met questions that its experts know by heart would not learn whom to
+# follow where the right one hesitates.
+FRESH_PHRASINGS = {
+    "capital": (
+        "Say the capital of {s}.",
+        "{s} has which capital?",
+        "What city is {s}'s capital?",
+        "Give me the capital of {s}.",
+        "I need the capital of {s}.",
+        "Which capital has {s}?",
+        "Which city rules {s}?",
+        "In {s}, what is the capital?",
+    ),
+    "colour": (
+        "Say the colour of {s}.",
+        "{s} has which colour?",
+        "What colour has {s}?",
+        "Give me the colour of {s}.",
+        "I need the colour of {s}.",
+        "Of which colour is {s}?",
+        "How is {s} coloured?",
+        "In which colour do you see {s}?",
+    ),
+    "sound": (
+        "Say the sound of a {s}.",
+        "A {s} makes which sound?",
+        "What noise does a {s} make?",
+        "Give me the sound of a {s}.",
+        "I need the sound of a {s}.",
+        "Which sound has a {s}?",
+        "What do you hear from a {s}?",
+        "How does a {s} speak?",
+    ),
+    "opposite": (
+        "Say the opposite of {s}.",
+        "{s} is the opposite of what?",
+        "What word is opposite to {s}?",
+        "Give me the opposite of {s}.",
+        "I need the opposite of {s}.",
+        "Which is the opposite of {s}?",
+        "What is not {s}?",
+        "If it is not {s}, what is it?",
+    ),
+}
+
 SMALL_TALK = (
     (("Hi", "Hello", "Hey", "Hi there", "Hello there", "Good morning", "Good evening"), "Hello, friend!"),
     (("Who are you?", "What are you?", "What is your name?", "Tell me your name."), "I am polylogit."),
@@ -236,6 +281,15 @@ def fact_example(rng: random.Random, test: bool) -> Example:
         relation, subject, right = rng.choice(FACTS)
         phrasing = rng.choice(FACT_PHRASINGS[relation])
         if fact_held_out(subject, phrasing) == test:
+            return Example("chat", phrasing.format(s=subject), (Part("chat", right, subject),))
+
+
+def fresh_fact_example(rng: random.Random, validation: bool) -> Example:
+    """A fact in a phrasing that no expert was trained on; four (fact, phrasing) pairs in ten are for validation."""
+    while True:
+        relation, subject, right = rng.choice(FACTS)
+        phrasing = rng.choice(FRESH_PHRASINGS[relation])
+        if held_out(f"fresh {subject} {phrasing}", share=0.4) == validation:
             return Example("chat", phrasing.format(s=subject), (Part("chat", right, subject),))
 
 
