@@ -14,7 +14,9 @@ import httpx
 
 from gate.evaluate import EvaluationError, key_header
 
-PALETTE = ("#2a9d8f", "#e76f51", "#5b7fde", "#e9b44c", "#9b5de5", "#6c757d", "#d63384", "#8ab17d")
+PALETTE = ("#4aa8e8", "#eeae2a", "#e08fbd", "#2fbd93", "#f27c34", "#8fd0f7", "#f0e442", "#b5b5b5")
+"""The playground's, for readers with any kind of colour vision (Okabe and Ito 2008); dark text is legible on each."""
+_INK = "#1d1c1a"
 TOKENS_A_ROW = 24
 _VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥", "": "∅"}
 
@@ -145,7 +147,7 @@ def _draw_tokens(panel: Any, answer: Answer, tokens: list[Token], width: int) ->
             bottom += share
         shown = _ellipsis(_shown(token.text), 8)
         panel.text(
-            place, 0.5, shown, ha="center", va="center", family="monospace", weight="bold", color="white",
+            place, 0.5, shown, ha="center", va="center", family="monospace", weight="bold", color=_INK,
             fontsize=13 if len(shown) <= 3 else 8, parse_math=False,
         )  # fmt: skip
     panel.set(xlim=(-0.6, width - 0.4), ylim=(0, 1), xticks=[], yticks=[0, 1])
@@ -186,7 +188,7 @@ body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60re
 .key {{ margin-right: 1.2em; }}
 .key i {{ display: inline-block; width: .9em; height: .9em; border-radius: 2px; margin-right: .4em; }}
 .tokens {{ display: flex; flex-wrap: wrap; gap: 1rem 2px; margin: 1.5rem 0; }}
-.token b {{ display: block; padding: .15em .45em; min-width: 1.2em; text-align: center; color: #fff;
+.token b {{ display: block; padding: .15em .45em; min-width: 1.2em; text-align: center; color: #1d1c1a;
   font: bold 18px ui-monospace, monospace; border-radius: 3px; white-space: pre; }}
 .bar {{ display: flex; align-items: flex-end; height: 48px; margin-top: 4px; border-bottom: 1px solid #8888; }}
 .bar i {{ width: 100%; background: #888; }}
