@@ -78,8 +78,9 @@ class Coordinator:
         self._count_reports()
         slots = self._align()
         self._counters.clock.lap("align")
-        drawn = self._draw(slots) if slots.size else None
-        if drawn is not None and self._table.traced[slots].any():
+        fused = self._fuse(slots)
+        drawn = None if fused is None else self._draw(fused)
+        if drawn is not None and self._table.traced[drawn.fused.slots].any():
             self.outbox.append(self._trace(drawn))
         ended = self._advance(drawn) if drawn is not None else []
         self._admission.admit()
@@ -104,11 +105,15 @@ class Coordinator:
         for link, slots in fresh:
             if self._timings:
                 self._timings.reported(link.index, self._table.sequence[slots].tolist(), link.arrived_at)
-            if (parked := slots[~going_on[slots]]).size:
-                self._table.placed[parked, link.index] = False
-                self._park[link.index] += parked.tolist()
-                self._counters.parked += len(parked)
+            self._set_aside(link, slots[~going_on[slots]])
         return complete
+
+    def _set_aside(self, link: ExpertLink, slots: Int64) -> None:
+        """Park `slots` in an engine; the rows that it reported stay."""
+        if slots.size:
+            self._table.placed[slots, link.index] = False
+            self._park[link.index] += slots.tolist()
+            self._counters.parked += len(slots)
 
     def _take_rows(self, link: ExpertLink, report: Report) -> Int64:
         """Keep a report's rows in the table; the slots they are for.
@@ -136,10 +141,24 @@ class Coordinator:
             self._counters.experts[link.index].cached_tokens += cached
         return kept
 
-    def _draw(self, slots: Int64) -> Drawn:
-        """Fuse and sample `slots`."""
+    def _fuse(self, slots: Int64) -> Fused | None:
+        """Fuse `slots`; None if nothing comes of it. Those about which an expert that was asked said nothing are parked
+        in the other engines, as if it had not reported them: it is about to be lost."""
+        if not slots.size:
+            return None
         fused = self._fuser.fuse(self._table, slots)
         self._counters.clock.lap("fuse")
+        if len(fused.slots) == len(slots):
+            return fused
+        left = np.setdiff1d(slots, fused.slots)
+        for link in self._links:
+            if link.up:
+                self._set_aside(link, left[self._table.placed[left, link.index]])
+        return fused if fused.slots.size else None
+
+    def _draw(self, fused: Fused) -> Drawn:
+        """Sample what was fused."""
+        slots = fused.slots
         positions = self._table.generated[slots]
         numbers = uniforms(self._table.seeds[slots], np.maximum(positions - self._table.given[slots], 0))
         columns = choose(fused.ids, self._scores(fused), self._table.rules(slots), numbers)

@@ -46,7 +46,8 @@ class LinkState(Enum):
 
 
 class ExpertLink:
-    """One expert: its socket, its state, its last report. `dialer`: how it is reached on another host."""
+    """One expert: its socket, its state, its last report. `dialer`: how it is reached on another host. `silent`: it did
+    not answer a question, so that it is to be given up once the tick is over."""
 
     def __init__(self, index: int, name: str, dialer: Dialer | None = None) -> None:
         self.index = index
@@ -58,6 +59,7 @@ class ExpertLink:
         self.info: Ready | None = None
         self.load: Load | None = None
         self.owes_report = False
+        self.silent = False
         self.report: Report | None = None
         self.ticked_at = 0.0
         self.arrived_at = 0.0
@@ -87,7 +89,7 @@ class ExpertLink:
             self.channel.close()
             self.channel = None
         self.state = LinkState.DOWN
-        self.owes_report = False
+        self.owes_report = self.silent = False
         self.report = None
         self.load = None  # its cache is gone, and the next worker's is empty
 
@@ -98,7 +100,7 @@ class ExpertLink:
 
     @property
     def up(self) -> bool:
-        return self.state is LinkState.UP
+        return self.state is LinkState.UP and not self.silent
 
     def tick(
         self, number: int, tokens: Int32, drop: list[int], park: list[int], add: list[Add], *, steps: bool
@@ -193,7 +195,8 @@ class Experts:
     def gather(self, wanted: dict[int, tuple[Int32, Int32]], time_limit: float) -> dict[int, Float32]:
         """Exact log-probabilities: expert -> (slots int32[B], ids int32[B, U]) in, expert -> float32[B, U] out.
 
-        All engines are at their rendezvous or idle, so each answers at once. Experts that do not are left out.
+        All engines are at their rendezvous or idle, so each answers at once. Experts that do not are left out, and
+        silent from now on.
         """
         self._gathers += 1
         wanted = {expert: rows for expert, rows in wanted.items() if self.links[expert].up}
@@ -204,7 +207,9 @@ class Experts:
             answer = self._await(expert, Gathered, time_limit)
             while answer is not None and answer.number != self._gathers:
                 answer = self._await(expert, Gathered, time_limit)
-            if answer is not None:
+            if answer is None:
+                self.links[expert].silent = True
+            else:
                 found[expert] = np.frombuffer(answer.logprobs, np.float32).reshape(ids.shape)
         return found
 

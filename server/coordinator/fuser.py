@@ -21,7 +21,24 @@ from server.coordinator.tally import Sources
 from server.policy import Policy, needs_gate
 
 LookUp = Callable[[dict[int, tuple[Int32, Int32]]], dict[int, Float32]]
-"""expert -> (slots int32[B], ids int32[B, U]) in, expert -> log-probabilities float32[B, U] out."""
+"""expert -> (slots int32[B], ids int32[B, U]) in, expert -> log-probabilities float32[B, U] out. Experts that do not
+answer are left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """The rows that the table keeps of `slots` [B]: `ids` int32[B, E, K] and `logprobs` float32[B, E, K], emptied where
+    an expert is not `available` bool[B, E]; `found`: the candidates, before any look-up."""
+
+    slots: Int64
+    ids: Int32
+    logprobs: Float32
+    available: Bool
+    found: Table
+
+    def only(self, rows: Bool) -> _Kept:
+        """Those of the `rows` bool[B]."""
+        return _Kept(self.slots[rows], self.ids[rows], self.logprobs[rows], self.available[rows], self.found.only(rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,62 +86,79 @@ class Fuser:
         self._gate = gate
 
     def fuse(self, table: SequenceTable, slots: Int64) -> Fused:
-        """Fuse the kept rows of `slots` (each complete) and advance their gate state."""
-        ids, logprobs = table.ids[slots], table.logprobs[slots]
-        exact = table.exact_logprobs[slots]
-        available = table.expected[slots] & table.usable[slots]
-        self._mask_unusable(table, slots, ids, logprobs, exact, available)
-        found = tabulate(ids, logprobs, table.exact_ids[slots], exact, self._vocabulary)
-        listed = self._look_up_missing(slots, found, available) if self._missing == "exact" else found
-        values = fill_tail(listed, logprobs[:, :, -1], self._vocabulary)
-        gated, ungated = self._run_gate(table, slots, ids, logprobs)
-        chosen, prob_space, allowed = self._apply_rules(table, slots, logprobs, values, available, gated)
+        """Fuse the kept rows of `slots` (each complete) and advance their gate state. A row that an expert was asked
+        about and did not answer is left out: it is not what its token should be fused from."""
+        kept = self._keep(table, slots)
+        listed = kept.found
+        if self._missing == "exact":
+            kept, listed = self._look_up_missing(kept)
+        self._mask_unusable(table, kept)
+        values = fill_tail(listed, kept.logprobs[:, :, -1], self._vocabulary)
+        gated, ungated = self._run_gate(table, kept)
+        chosen, prob_space, allowed = self._apply_rules(table, kept, values, gated)
         fused = combine(values, listed, chosen, prob_space, allowed)
         return Fused(
-            slots=slots,
+            slots=kept.slots,
             ids=listed.ids,
             logprobs=fused,
             coefficients=chosen,
             exact_columns=listed.exact_columns,
-            lost=(fused.max(axis=1) == -np.inf) | ~available.any(axis=1) | ~chosen.any(axis=1),
+            lost=(fused.max(axis=1) == -np.inf) | ~kept.available.any(axis=1) | ~chosen.any(axis=1),
             ungated=ungated,
-            sources=Sources(ids, logprobs, available, found, prob_space, self._vocabulary),
+            sources=Sources(kept.ids, kept.logprobs, kept.available, kept.found, prob_space, self._vocabulary),
         )
 
-    def _mask_unusable(
-        self, table: SequenceTable, slots: Int64, ids: Int32, logprobs: Float32, exact: Float32, available: Bool
-    ) -> None:
-        """Empty the rows of experts that gave none, or one that is NaN or -inf throughout: they are not available for
-        this token. What they projected goes too, from the table itself: neither the gate nor a trace shows it."""
-        if available.all():
+    def _keep(self, table: SequenceTable, slots: Int64) -> _Kept:
+        """The kept rows; empty are those of experts that gave none, or one that is NaN or -inf throughout."""
+        ids, logprobs, exact = table.ids[slots], table.logprobs[slots], table.exact_logprobs[slots]
+        available = table.expected[slots] & table.usable[slots]
+        if not available.all():
+            ids[~available], logprobs[~available], exact[~available] = -1, -np.inf, -np.inf
+        found = tabulate(ids, logprobs, table.exact_ids[slots], exact, self._vocabulary)
+        return _Kept(slots, ids, logprobs, available, found)
+
+    def _mask_unusable(self, table: SequenceTable, kept: _Kept) -> None:
+        """Count the rows that are not available though they were given, and have neither the gate nor a trace show what
+        such an expert projected."""
+        if kept.available.all():
             return
         for expert, counters in enumerate(self._counters.experts):
-            counters.masked_rows += int((table.expected[slots, expert] & ~available[:, expert]).sum())
-        ids[~available], logprobs[~available], exact[~available] = -1, -np.inf, -np.inf
-        rows, experts = np.nonzero(~available)
-        table.projected[slots[rows], experts] = 0
+            counters.masked_rows += int((table.expected[kept.slots, expert] & ~kept.available[:, expert]).sum())
+        rows, experts = np.nonzero(~kept.available)
+        table.projected[kept.slots[rows], experts] = 0
 
-    def _look_up_missing(self, slots: Int64, found: Table, available: Bool) -> Table:
-        """Ask each expert that is `available` bool[B, E] for the candidates that it did not list itself."""
+    def _look_up_missing(self, kept: _Kept) -> tuple[_Kept, Table]:
+        """Ask each available expert for the candidates that it did not list itself: the rows for which all answered,
+        and what is known of their candidates then."""
+        found = kept.found
         present = (found.ids >= 0)[:, None, :]
-        lacking = (~found.listed & present).any(axis=2) & available
+        lacking = (~found.listed & present).any(axis=2) & kept.available
         rows_of = {int(e): np.flatnonzero(lacking[:, e]) for e in np.flatnonzero(lacking.any(axis=0))}
         if not rows_of:
-            return found
-        self._counters.clock.lap("fuse")
-        answers = self._look_up(
-            {e: (slots[rows].astype(np.int32), np.ascontiguousarray(found.ids[rows])) for e, rows in rows_of.items()}
-        )
-        self._counters.clock.lap("look_up")
-        logprobs, listed = found.logprobs.copy(), found.listed.copy()
-        for expert, answer in answers.items():
-            rows = rows_of[expert]
-            logprobs[rows, expert] = np.where(listed[rows, expert], logprobs[rows, expert], answer)
-            listed[rows, expert] |= found.ids[rows] >= 0
-        return Table(found.ids, logprobs, listed, found.exact_columns)
+            return kept, found
+        answers = self._ask(kept, rows_of)
+        known = _filled_in(found, rows_of, answers)
+        if len(answers) == len(rows_of):
+            return kept, known
+        answered = np.ones(len(kept.slots), bool)
+        for expert in rows_of.keys() - answers.keys():
+            answered[rows_of[expert]] = False
+        return kept.only(answered), known.only(answered)
 
-    def _run_gate(self, table: SequenceTable, slots: Int64, ids: Int32, logprobs: Float32) -> tuple[Float32, Bool]:
+    def _ask(self, kept: _Kept, rows_of: dict[int, Int64]) -> dict[int, Float32]:
+        """Each expert's log-probabilities [B', U] of the candidates of its B' rows."""
+        self._counters.clock.lap("fuse")
+        wanted = {
+            expert: (kept.slots[rows].astype(np.int32), np.ascontiguousarray(kept.found.ids[rows]))
+            for expert, rows in rows_of.items()
+        }
+        answers = self._look_up(wanted)
+        self._counters.clock.lap("look_up")
+        return answers
+
+    def _run_gate(self, table: SequenceTable, kept: _Kept) -> tuple[Float32, Bool]:
         """The gate's coefficients [B, E] for rows whose policy asks it (elsewhere 0), and where it failed."""
+        slots, ids, logprobs = kept.slots, kept.ids, kept.logprobs
         gated = np.zeros(ids.shape[:2], np.float32)
         ungated = np.zeros(len(slots), bool)
         if self._gate is None:
@@ -142,15 +176,10 @@ class Fuser:
         return gated, ungated
 
     def _apply_rules(
-        self,
-        table: SequenceTable,
-        slots: Int64,
-        logprobs: Float32,
-        values: Float32,
-        available: Bool,
-        gated: Float32,
+        self, table: SequenceTable, kept: _Kept, values: Float32, gated: Float32
     ) -> tuple[Float32, Bool, Bool | None]:
         """(coefficients [B, E], rows in prob space [B], allowed candidates [B, U] or None), policy by policy."""
+        slots, logprobs, available = kept.slots, kept.logprobs, kept.available
         chosen = np.empty(available.shape, np.float32)
         prob_space = np.zeros(len(slots), bool)
         allowed: Bool | None = None
@@ -167,6 +196,16 @@ class Fuser:
                 allowed = np.ones((len(slots), values.shape[2]), bool) if allowed is None else allowed
                 allowed[rows] = mask
         return chosen, prob_space, allowed
+
+
+def _filled_in(found: Table, rows_of: dict[int, Int64], answers: dict[int, Float32]) -> Table:
+    """`found` with what experts answered about their rows."""
+    logprobs, listed = found.logprobs.copy(), found.listed.copy()
+    for expert, answer in answers.items():
+        rows = rows_of[expert]
+        logprobs[rows, expert] = np.where(listed[rows, expert], logprobs[rows, expert], answer)
+        listed[rows, expert] |= found.ids[rows] >= 0
+    return Table(found.ids, logprobs, listed, found.exact_columns)
 
 
 class PolicyBook:

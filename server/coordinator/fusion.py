@@ -38,6 +38,10 @@ class Table:
     listed: Bool
     exact_columns: Int64
 
+    def only(self, rows: Bool) -> Table:
+        """The table of the `rows` bool[B]."""
+        return Table(self.ids[rows], self.logprobs[rows], self.listed[rows], self.exact_columns[rows])
+
 
 def tabulate(ids: Int32, logprobs: Float32, exact_ids: Int32, exact_logprobs: Float32, vocabulary: int) -> Table:
     """The union of `ids` [B, E, K] and `exact_ids` [B, X] with what is known: `logprobs` [B, E, K] and

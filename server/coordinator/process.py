@@ -111,6 +111,7 @@ class CoordinatorProcess:
                 self._experts.dispatch(idle_seconds)
             self._watch_starts()
             coordinator.tick()
+            self._give_up_silent()
             self._watch_drain(coordinator)
             self._send_outbox(coordinator)
 
@@ -119,6 +120,12 @@ class CoordinatorProcess:
         limit = self._config.limits.tick_seconds
         for link in self._experts.collect(limit):
             self._give_up(link, f"no answer for {limit:g} s")
+
+    def _give_up_silent(self) -> None:
+        """An engine that left a look-up without an answer has ended, or hangs."""
+        for link in self._experts.links:
+            if link.silent:
+                self._give_up(link, "no answer to a look-up")
 
     # --- what arrives ---
 

@@ -30,6 +30,7 @@ from server.messages import (
     FromApi,
     FromExpert,
     FromSupervisor,
+    Gather,
     GetStats,
     Progress,
     RemoteNote,
@@ -57,7 +58,8 @@ SECONDS = 20.0
 class Deployment:
     """What the coordinator told the api: `tokens`, `choices`, `cached`, `timings`, `ended` (in order of arrival),
     `statuses`; the supervisor, of experts on other hosts: `notes`. `expert`: further configuration of some of them. Who
-    runs an expert with an `address` is the test."""
+    runs an expert with an `address` is the test. `unanswered`: expert -> the number of the look-up that its worker dies
+    of."""
 
     def __init__(
         self,
@@ -66,6 +68,7 @@ class Deployment:
         *,
         projector: Projector | None = None,
         expert: dict[int, dict[str, Any]] | None = None,
+        unanswered: dict[int, int] | None = None,
         **settings: Any,
     ) -> None:
         names = [chr(ord("a") + index) for index in range(len(engines))]
@@ -98,6 +101,7 @@ class Deployment:
         self._stats: list[Stats] = []
         self._directory = directory
         self._projector = projector
+        self._unanswered = unanswered or {}
         self._generation = [-1] * len(engines)
         self._workers: list[_WorkerThread | None] = [None] * len(engines)
         self._ready = False
@@ -180,7 +184,8 @@ class Deployment:
         self._generation[expert] += 1
         self._control.send(ExpertUp(expert, self._generation[expert]))
         address = endpoint(self._directory, expert_socket(expert, self._generation[expert]))
-        worker = _WorkerThread(self.engines[expert], address, expert, self.config, self._projector)
+        look_ups = self._unanswered.pop(expert, None)
+        worker = _WorkerThread(self.engines[expert], address, expert, self.config, self._projector, look_ups)
         worker.start()
         self._workers[expert] = worker
 
@@ -280,18 +285,26 @@ class _CoordinatorThread(threading.Thread):
 
 
 class _WorkerThread(threading.Thread):
-    """A worker that can be killed between two messages and in the middle of a fake engine's step."""
+    """A worker that can be killed between two messages and in the middle of a fake engine's step, and dies of look-up
+    number `look_ups`."""
 
     def __init__(
-        self, engine: FakeEngine, address: str, expert: int, config: Config, projector: Projector | None
+        self,
+        engine: FakeEngine,
+        address: str,
+        expert: int,
+        config: Config,
+        projector: Projector | None,
+        look_ups: int | None,
     ) -> None:
         super().__init__(daemon=True)
+        self._look_ups = look_ups
         self._engine, self._address, self._expert = engine, address, expert
         self._config, self._projector = config, projector
         self.error: Exception | None = None
 
     def run(self) -> None:
-        channel = _KillableChannel(self._address, self._engine.killed)
+        channel = _KillableChannel(self._address, self._engine.killed, self._look_ups)
         worker = Worker(
             self._engine,
             channel,
@@ -309,16 +322,21 @@ class _WorkerThread(threading.Thread):
 
 
 class KilledError(Exception):
-    """The worker was killed while it waited for a message."""
+    """The worker was killed while it waited for a message, or before it answered one."""
 
 
 class _KillableChannel(Channel[ToExpert, FromExpert]):
-    def __init__(self, address: str, killed: threading.Event) -> None:
+    def __init__(self, address: str, killed: threading.Event, look_ups: int | None) -> None:
         super().__init__(address, ToExpert, bind=False)
         self._killed = killed
+        self._look_ups = look_ups
 
     def receive(self, timeout: float | None) -> ToExpert | None:
         while (message := super().receive(0.02)) is None:
             if self._killed.is_set():
+                raise KilledError
+        if self._look_ups is not None and isinstance(message, Gather):
+            self._look_ups -= 1
+            if not self._look_ups:
                 raise KilledError
         return message

@@ -48,11 +48,41 @@ def test_wait_goes_on_exactly_where_it_was(tmp_path, rng, models, missing):
     assert [expert.restarts for expert in stats.experts] == [0, 1]
 
 
+@pytest.mark.parametrize("loss", ["wait", "degrade", "fail"])
+def test_no_token_is_fused_without_the_exact_probabilities_that_a_dying_expert_was_asked_for(
+    tmp_path, rng, models, loss
+):
+    """It dies after its fourth report, before it answers the look-up for it. What has not asked it goes on."""
+    engines = [FakeEngine(models[0], Behaviour(chunk=9)), FakeEngine(models[1], Behaviour(chunk=30))]
+    settings = {"top_k": 4, "missing": "exact", "on_expert_loss": loss, "unanswered": {1: 4}}
+    with Deployment(tmp_path, engines, **settings) as deployment:
+        both = [request(rng, lengths, top_logprobs=1) for lengths in ((9, 9), (3, 12), (30, 8))]
+        only_a = request(rng, (5, 0), Single("a"), top_logprobs=1)
+        deployment.submit(*both, only_a)
+        deployment.lose(1)
+        if loss == "wait":
+            deployment.start(1, FakeEngine(models[1]))
+        deployment.finish(*both, only_a)
+        assert_alone(deployment, [only_a], [generate(only_a, models, shares([1, 0]), top_k=4)])
+        for each in both:
+            tokens, choices = deployment.tokens[each.id], deployment.choices[each.id]
+            before = len(tokens) if loss != "degrade" else sum(choice.coefficients[1] > 0 for choice in choices)
+            gone = (lambda at: lambda expert, step: expert and step >= at)(before)
+            alone = generate(each, models, HALF, top_k=4, gone=gone)
+            assert tokens == alone.tokens[: len(tokens)]
+            found = [choice.logprob for choice in choices]
+            np.testing.assert_allclose(found, alone.logprobs[: len(tokens)], atol=1e-4)
+            assert (len(tokens) == len(alone.tokens)) == (deployment.ended[each.id].reason is FinishReason.LENGTH)
+            assert (deployment.ended[each.id].message == "expert b was lost") == (loss == "fail")
+        assert [(order.expert, order.message) for order in deployment.restarts] == [(1, "no answer to a look-up")]
+
+
 def test_a_lost_expert_holds_nothing(tmp_path, rng, models):
     """Neither while it is down nor when it is back and idle; what it was asked for is counted on."""
     engines = [FakeEngine(models[0]), FakeEngine(models[1], Behaviour(fail_at=6))]
     with Deployment(tmp_path, engines, on_expert_loss="fail") as deployment:
-        deployment.submit(request(rng, max_tokens=15))
+        one = request(rng, max_tokens=15)
+        deployment.submit(one)
         deployment.until_stats(lambda stats: stats.experts[1].kv_used > 0 and stats.experts[1].running > 0)
         deployment.lose(1)
         down = deployment.until_stats(lambda stats: not stats.experts[1].up).experts[1]
@@ -60,6 +90,7 @@ def test_a_lost_expert_holds_nothing(tmp_path, rng, models):
         back = deployment.until_stats(lambda stats: stats.experts[1].up).experts[1]
         assert [(expert.kv_used, expert.running) for expert in (down, back)] == [(0.0, 0)] * 2
         assert down.prefilled_tokens > 0
+        deployment.finish(one)
 
 
 def test_an_expert_may_be_lost_again_and_again(tmp_path, rng, models):
