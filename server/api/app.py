@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 
 from server import __version__
@@ -15,6 +14,7 @@ from server.api.body import read, read_json, validated
 from server.api.chat import chat_job
 from server.api.client import EngineClient
 from server.api.completions import completion_job
+from server.api.cors import Cors
 from server.api.deployment import Deployment
 from server.api.faults import install_handlers
 from server.api.middleware import BodyLimited, KeyRequired, Observed, key_digests
@@ -69,13 +69,7 @@ def _add_middleware(app: FastAPI, config: Config, metrics: ApiMetrics, tracing: 
         app.add_middleware(KeyRequired, digests=digests)
     app.add_middleware(Observed, metrics=metrics, tracing=tracing)
     if origins := config.http.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
-            expose_headers=["x-request-id", "retry-after"],
-        )
+        app.add_middleware(Cors, origins=origins)
 
 
 def _keys(config: Config) -> list[str]:

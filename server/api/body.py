@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import reprlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -110,12 +111,12 @@ async def read_json(request: Request) -> dict[str, Any]:
 
 def parse(model: type[Model], body: Mapping[str, Any]) -> Model:
     """`body` as a `model`. Raises BadRequest."""
-    present = {name: value for name, value in body.items() if value is not None}
-    for name, value in present.items():
-        if name in _NEUTRAL and name not in model.model_fields and value not in _NEUTRAL[name]:
+    for name, value in body.items():
+        foreign = value is not None and name in _NEUTRAL and name not in model.model_fields
+        if foreign and value not in _NEUTRAL[name]:
             raise BadRequest(f"{name} is not supported", param=name, code="unsupported_parameter")
     try:
-        return model.model_validate(present)
+        return model.model_validate(body)
     except ValidationError as error:
         raise _bad_request(error) from None
 
@@ -149,7 +150,14 @@ def _mentioned(message: str) -> str:
     return message.removeprefix("Value error, ").partition(" ")[0]
 
 
+class _Short(reprlib.Repr):
+    """Of a large object, the library would sort all keys."""
+
+    def repr_dict(self, value: dict[Any, Any], level: int) -> str:
+        return super().repr_dict(dict(itertools.islice(value.items(), self.maxdict + 1)), level)
+
+
 def _echo(value: Any) -> str:
-    short = reprlib.Repr()
+    short = _Short()
     short.maxstring = short.maxother = short.maxlong = _ECHO // 2
     return short.repr(value)[:_ECHO]

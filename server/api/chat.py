@@ -22,6 +22,7 @@ async def chat_job(services: Services, request: ChatRequest, request_id: str) ->
     """Everything that can be refused is refused here, before a byte of the answer."""
     ensemble = services.deployment.ensemble(request.model, request.fusion)
     _check_parser(services, request)
+    services.check_number(request, prompts=1)
     factory = services.sequences(ensemble, request, await chat_grammar(request))
     prompts = await chat_prompts(ensemble, request)
     if request.prompt_logprobs is not None:
@@ -51,6 +52,7 @@ class ChatShape(Common):
     def __init__(self, request: ChatRequest, *arguments: Any, **named: Any) -> None:
         super().__init__(request, *arguments, **named)
         most = request.most_calls
+        self._named = request.names_call
         self._calls = [CallStream(most) for _ in range(request.n)] if request.callable_tools else []
 
     def opening(self, answers: Sequence[Answer]) -> bytes:
@@ -77,7 +79,8 @@ class ChatShape(Common):
         return self.head + text + self.end_of_choice(answer, piece)
 
     def finish_reason(self, answer: Answer) -> str | None:
-        called = self._calls and self._calls[answer.index].count
+        """As OpenAI says it: a call that the client named is no reason."""
+        called = self._calls and self._calls[answer.index].count and not self._named
         return "tool_calls" if called and answer.finish_reason == "stop" else answer.finish_reason
 
     def response(self, answers: Sequence[Answer], scores: Sequence[PromptScores], usage: Usage) -> bytes:

@@ -15,16 +15,12 @@ from server.api.reply import Job
 from server.api.sequences import Prompt
 from server.api.services import Services
 from server.api.shapes import Common, Usage, encode, finite
-from server.config import Limits
-from server.errors import BadRequest
-
-_MOST_PROMPTS = 1024
 
 
 async def completion_job(services: Services, request: CompletionRequest, request_id: str) -> Job:
     """Everything that can be refused is refused here, before a byte of the answer."""
     ensemble = services.deployment.ensemble(request.model, request.fusion)
-    _check_number(request, services.deployment.config.limits)
+    services.check_number(request, len(request.prompt))
     factory = services.sequences(ensemble, request, await completion_grammar(request))
     prompts = await _prompts(ensemble, request)
     shape = CompletionShape(
@@ -35,14 +31,6 @@ async def completion_job(services: Services, request: CompletionRequest, request
         experts=services.deployment.config.expert_names,
     )
     return services.job(request, ensemble, factory, prompts, shape)
-
-
-def _check_number(request: CompletionRequest, limits: Limits) -> None:
-    """More sequences than can ever run and queue would be refused for ever."""
-    most = min(_MOST_PROMPTS, limits.sequences + limits.queue)
-    for_each = request.n + (request.prompt_logprobs is not None)
-    if len(request.prompt) * for_each > most:
-        raise BadRequest(f"prompt: at most {most} prompts times {for_each} sequences", param="prompt")
 
 
 async def _prompts(ensemble: Ensemble, request: CompletionRequest) -> list[Prompt]:

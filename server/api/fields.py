@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import Field, PlainValidator
+from pydantic import AfterValidator, Field, PlainValidator
 
-from server.api.structure import too_much
+from server.api.structure import too_deep, too_much
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 MOST_STOPS, MOST_STOP_CHARACTERS = 4, 1024
@@ -87,7 +87,8 @@ def _part(part: Any) -> str:
         raise ValueError("parts must be objects")
     kind = part.get("type")
     if kind not in ("text", "input_text", "output_text", "refusal"):
-        raise ValueError(f"only text parts are supported, not {str(kind)[:40]!r}")
+        other = f", not {kind[:40]!r}" if isinstance(kind, str) else ""
+        raise ValueError(f"only text parts are supported{other}")
     text = part.get("refusal" if kind == "refusal" else "text")
     if not isinstance(text, str):
         raise ValueError("a text part needs a string in 'text'")
@@ -100,7 +101,10 @@ def _tool_calls(value: Any) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(value, list) or len(value) > 128:
         raise ValueError("must be a list of at most 128 calls")
-    return [_tool_call(call) for call in value]
+    calls = [_tool_call(call) for call in value]
+    if fault := too_deep(calls):
+        raise ValueError(f"calls have {fault}")
+    return calls
 
 
 def _tool_call(call: Any) -> dict[str, Any]:
@@ -135,6 +139,12 @@ def _arguments(messages: Any) -> Iterator[str]:
                 yield arguments
 
 
+def _shallow(value: dict[str, Any]) -> dict[str, Any]:
+    if fault := too_deep(value):
+        raise ValueError(f"has {fault}")
+    return value
+
+
 def _template_arguments(value: Any) -> dict[str, Any]:
     """A few names, plain values: the deployment's templates read nothing else of a client."""
     if not isinstance(value, dict):
@@ -166,6 +176,7 @@ ToolCalls = Annotated[
     list[dict[str, Any]] | None,
     PlainValidator(_tool_calls, json_schema_input_type=list[dict[str, Any]] | None),
 ]
+Parameters = Annotated[dict[str, Any], AfterValidator(_shallow)]
 Stops = Annotated[tuple[str, ...], PlainValidator(_stops, json_schema_input_type=str | list[str])]
 Prompts = Annotated[
     list[str] | list[list[int]],

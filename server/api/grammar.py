@@ -73,7 +73,12 @@ def call_grammar(tools: Sequence[Function], *, parallel: bool) -> str:
 
 def call_or_json_grammar(tools: Sequence[Function], schema: Schema | None, *, parallel: bool) -> str:
     """Either of the above. Raises BadRequest."""
-    return _valid(f"start: answer | calls\nanswer: {_json(schema, _ANSWER)}\n{_calls(tools, parallel)}", _ANSWER)
+    answer, calls = _json(schema, _ANSWER), _calls(tools, parallel)
+    try:
+        return _valid(f"start: answer | calls\nanswer: {answer}\n{calls}", _TOOLS)
+    except BadRequest:
+        json_grammar(schema)  # if this is to blame, it says so
+        raise
 
 
 def call_or_text_grammar(tools: Sequence[Function], *, parallel: bool) -> str | None:
@@ -160,8 +165,8 @@ def _fault_of(schema: Schema) -> str | None:
     for name, most in _MOST_COUNTS.items():
         if isinstance(count := schema.get(name), int | float) and count > most:
             return f"has {name} over {most}"
-    expressions = [schema.get("pattern"), *(schema.get("patternProperties") or ())]
-    for expression in expressions:
+    by_pattern = schema.get("patternProperties")  # anything, where it is a property's name
+    for expression in [schema.get("pattern"), *(by_pattern if isinstance(by_pattern, dict) else ())]:
         if isinstance(expression, str) and (fault := patterns.problem(expression)):
             return f"has a pattern that {fault}: {expression[:100]!r}"
     return None

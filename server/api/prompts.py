@@ -137,6 +137,8 @@ def _conversation(message: Message) -> dict[str, Any]:
     """A message as templates expect it: content always a string, developer as system, tool arguments as
     objects."""
     shown: dict[str, Any] = {name: value for name, value in message if value is not None}
+    if not message.tool_calls:  # templates ask whether there are any by name
+        shown.pop("tool_calls", None)
     shown["role"] = "system" if message.role == "developer" else message.role
     shown["content"] = message.content or ""
     return shown

@@ -11,7 +11,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from server.api.fields import (
     INT64_MAX,
@@ -20,6 +28,7 @@ from server.api.fields import (
     Content,
     FunctionName,
     LogitBias,
+    Parameters,
     Prompts,
     Role,
     Stops,
@@ -33,9 +42,14 @@ from server.request import MOST_PRIORITY
 
 
 class Body(BaseModel):
-    """Base of all requests."""
+    """Base of all requests, and of the objects in them."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
 class Message(Body):
@@ -72,6 +86,13 @@ class Fusion(Body):
     coefficients: Annotated[dict[str, float], by_expert(-1000.0, 1000.0)] | None = None
     space: Literal["logprob", "prob"] | None = None
     temperature: Annotated[dict[str, float], by_expert(0.01, 100.0)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_small(cls, data: Any) -> Any:
+        if isinstance(data, dict) and len(data) > len(cls.model_fields):
+            raise ValueError(f"knows {', '.join(cls.model_fields)}, and nothing else")
+        return data
 
     @model_validator(mode="after")
     def _one_policy(self) -> Self:
@@ -117,7 +138,7 @@ class Function(Body):
 
     name: FunctionName
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Parameters | None = None
     strict: bool | None = None
 
 
@@ -133,6 +154,14 @@ class NamedFunction(Body):
 class NamedTool(Body):
     type: Literal["function"]
     function: NamedFunction
+
+
+def _tool_choice(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """One fault for all that it might have been."""
+    try:
+        return validate(value)
+    except ValidationError:
+        raise ValueError('must be "none", "auto", "required" or an object that names a function') from None
 
 
 class GenerationRequest(Body):
@@ -227,7 +256,7 @@ class Conversation(Body):
 
 
 class ChatRequest(GenerationRequest, Conversation):
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Annotated[Literal["none", "auto", "required"] | NamedTool | None, WrapValidator(_tool_choice)] = None
     parallel_tool_calls: bool = True
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
@@ -253,12 +282,16 @@ class ChatRequest(GenerationRequest, Conversation):
         return [] if self.tool_choice == "none" else functions
 
     @property
+    def names_call(self) -> bool:
+        return isinstance(self.tool_choice, NamedTool)
+
+    @property
     def forces_call(self) -> bool:
-        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+        return self.tool_choice == "required" or self.names_call
 
     @property
     def most_calls(self) -> int | None:
-        return None if self.parallel_tool_calls and not isinstance(self.tool_choice, NamedTool) else 1
+        return None if self.parallel_tool_calls and not self.names_call else 1
 
     @model_validator(mode="after")
     def _alternatives_need_logprobs(self) -> Self:

@@ -12,7 +12,11 @@ from server.api.protocol import GenerationRequest
 from server.api.reply import Job, Reply
 from server.api.sequences import Prompt, SequenceFactory
 from server.api.shapes import Shape
+from server.errors import BadRequest
 from server.metrics import ApiMetrics
+
+_MOST_SEQUENCES = 1024
+"""Of one request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +24,16 @@ class Services:
     deployment: Deployment
     client: EngineClient
     metrics: ApiMetrics
+
+    def check_number(self, request: GenerationRequest, prompts: int) -> None:
+        """More sequences than can ever run and queue would be refused for ever. Raises BadRequest."""
+        limits = self.deployment.config.limits
+        most = min(_MOST_SEQUENCES, limits.sequences + limits.queue)
+        for_each = request.n + (request.prompt_logprobs is not None)
+        if for_each > most:
+            raise BadRequest(f"n: at most {most} sequences", param="n")
+        if prompts * for_each > most:
+            raise BadRequest(f"prompt: at most {most} prompts times {for_each} sequences", param="prompt")
 
     def sequences(self, ensemble: Ensemble, request: GenerationRequest, grammar: str | None) -> SequenceFactory:
         """Raises BadRequest for what only the vocabulary shows to be wrong."""

@@ -1,9 +1,13 @@
 """How much JSON a text holds, found by counting: many small arrays, objects or strings take long to make, a long string
-does not. Looked at before anything is made."""
+does not. Looked at before anything is made. And how deep what was made is, for those who go through it recursively."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 MOST_STRINGS = 200_000
+MOST_LEVELS = 128
 
 
 def too_much(raw: bytes, containers: int) -> str | None:
@@ -17,6 +21,20 @@ def too_much(raw: bytes, containers: int) -> str | None:
     if _containers(b"".join(plain.split(b'"')[::2])) > containers:
         return f"more than {containers} arrays and objects"
     return None
+
+
+def too_deep(value: dict[str, Any] | list[Any]) -> str | None:
+    """Why a JSON value is refused: more than so many levels of arrays and objects. None if it is not."""
+    level: list[Any] = [value]
+    for _ in range(MOST_LEVELS):
+        level = [item for holder in level for item in _items(holder) if isinstance(item, dict | list)]
+        if not level:
+            return None
+    return f"more than {MOST_LEVELS} levels"
+
+
+def _items(holder: Any) -> Iterable[Any]:
+    return holder.values() if isinstance(holder, dict) else holder
 
 
 def _containers(raw: bytes) -> int:

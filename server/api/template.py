@@ -102,12 +102,12 @@ class Marks:
         self.tail = f"{_OPEN}{self._nonce}{_CLOSE} "  # the space tells whether the template trims
 
     def hide(self, value: Any) -> Any:
-        """`value` (strings in lists and dicts) with every special token replaced by its mark."""
+        """`value` (strings in lists and dicts, keys too) with every special token replaced by its mark."""
         match value:
             case str():
                 return self._tokenizer.special_pattern.sub(self._mark, value)
             case dict():
-                return {key: self.hide(item) for key, item in value.items()}
+                return {self.hide(key): self.hide(item) for key, item in value.items()}
             case list():
                 return [self.hide(item) for item in value]
         return value

@@ -138,6 +138,27 @@ async def test_strange_text(api: Served, content: str) -> None:
     assert list(content.encode()) == api.fake.submitted[0].prompts[0][2:-2]
 
 
+USER = '"messages": [{"role": "user", "content": "x"}]'
+DEEP = [
+    '"messages": [{"role": "user", "content": [{"type": %s}]}]',
+    '"messages": [{"role": "user", "content": "x", "name": %s}]',
+    '"messages": [{"role": "assistant", "tool_calls": [{"id": %s, "function": {"name": "f"}}]}]',
+    f'{USER}, "tool_choice": "none", "tools": [{{"type": "function", "function": {{"name": "f", "parameters": %s}}}}]',
+    f'{USER}, "response_format": {{"type": "json_schema", "json_schema": {{"name": "x", "schema": {{"items": %s}}}}}}',
+    *(f'{USER}, "{name}": %s' for name in ("fusion", "logit_bias", "stop", "tool_choice", "functions", "temperature")),
+]
+
+
+@pytest.mark.parametrize("body", DEEP, ids=lambda body: body[-40:])
+async def test_no_depth_breaks_anything(api: Served, body: str) -> None:
+    """Up to where the body itself is refused: others may go through it with less room than its reader had."""
+    for levels in (*range(200, 900, 100), *range(940, 980)):
+        for start, end in (('{"a":', "}"), ("[", "]")):
+            raw = "{" + body % (start * levels + "1" + end * levels) + "}"
+            answer = await api.http.post(CHAT, content=raw, headers={"content-type": "application/json"})
+            assert answer.status_code == 400, (levels, answer.text)
+
+
 @pytest.mark.parametrize(("lists", "status"), [(2, 200), (8000, 400)])
 async def test_what_arguments_of_calls_hold_counts_together(api: Served, lists: int, status: int) -> None:
     """JSON in strings, eight calls of it: few enough each, too much in all."""
@@ -305,8 +326,13 @@ async def test_keys(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
         for path in ("/metrics", "/docs", "/openapi.json", "/nothing", "/healthy"):
             assert (await server.http.get(path)).status_code == 401
         headers = {"origin": "https://page.example", "access-control-request-method": "POST"}
-        preflight = await server.http.options(CHAT, headers=headers)
+        asked = {"access-control-request-headers": "authorization, x-stainless-lang, x-stainless-os"}
+        preflight = await server.http.options(CHAT, headers=headers | asked)
+        assert preflight.status_code == 200
         assert preflight.headers["access-control-allow-origin"] == "https://page.example"
+        for wrong in ({"origin": "https://other.example"}, {"access-control-request-method": "DELETE"}):
+            refused = await server.http.options(CHAT, headers=headers | wrong)
+            assert (refused.status_code, refused.json()["error"]["type"]) == (400, "invalid_request_error")
 
 
 async def _models(server: Served, header: str) -> httpx.Response:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from server.api.body import parse
+from server.api.protocol import ChatRequest
+from server.errors import BadRequest
 from server.policy import Product, Single, Uniform, Weights
 from server.request import SamplingParams
-from tests.server.api.deployment import CONTEXT, VOCABULARY
+from tests.server.api.deployment import CONTEXT, VOCABULARY, deployment
 from tests.server.api.fake import Script
-from tests.server.api.serving import Served
+from tests.server.api.serving import Served, served
 
 HOSTILE = 10**9
 
@@ -110,6 +115,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("fusion", "uniform"),
     ("fusion", {"policy": "nothing"}),
     ("fusion", {"unknown": 1}),
+    ("fusion", {str(key): 1 for key in range(150_000)}),
     ("fusion", {"coefficients": {}}),
     ("fusion", {"coefficients": {"nobody": 1}}),
     ("fusion", {"coefficients": {"math": 0}}),
@@ -177,6 +183,9 @@ async def test_nulls_and_ignored_keys(api: Served) -> None:
     neutral = {"echo": False, "tool_choice": "none", "response_format": {"type": "text"}, "best_of": 1}
     assert (await api.chat(**nulls, **ignored)).status_code == 200
     assert (await api.chat(**neutral)).status_code == 200
+    nested = {"stream_options": {"include_usage": None}, "fusion": {"policy": None, "coefficients": {"math": 1}}}
+    answer = await api.chat(stream=True, **nested)
+    assert answer.status_code == 200 and '"usage"' not in answer.text
 
 
 async def test_max_tokens_is_clamped_to_the_context(api: Served) -> None:
@@ -193,6 +202,19 @@ async def test_a_prompt_that_fills_the_context_of_one_expert(api: Served) -> Non
     assert (await api.chat(model="duo:math", messages=[message])).status_code == 200
     fault = (await api.chat(messages=[message], stream=True)).json()["error"]
     assert (fault["param"], fault["code"]) == ("messages", "context_length_exceeded")
+
+
+async def test_more_choices_than_can_ever_run(tmp_path: Path) -> None:
+    async with served(deployment(tmp_path, limits={"sequences": 4, "queue": 4})) as server:
+        await server.wait_ready()
+        for answer in (
+            await server.chat(n=9),
+            await server.complete(n=9),
+            await server.complete(n=8, prompt_logprobs=0),
+        ):
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
+        assert (await server.complete(prompt=["a"] * 5, n=2)).json()["error"]["param"] == "prompt"
+        assert (await server.chat(n=8)).status_code == 200
 
 
 async def test_models(api: Served) -> None:
@@ -227,3 +249,15 @@ async def test_long_faults_are_short(api: Served) -> None:
     assert len(error["message"]) < 400
     error = (await api.chat(model="x" * 200)).json()["error"]
     assert len(error["message"]) < 600
+
+
+@pytest.mark.parametrize("name", ["logit_bias", "fusion", "stop"])
+def test_faults_of_large_objects_are_told_quickly(name: str) -> None:
+    body = {
+        "messages": [{"role": "user", "content": "x"}],
+        name: {str(key * 7919 % 190_027): 1 for key in range(190_000)},
+    }
+    started = time.thread_time()
+    with pytest.raises(BadRequest):
+        parse(ChatRequest, body)
+    assert time.thread_time() - started < 0.03
