@@ -44,8 +44,8 @@ class PromptScores:
 class Answer:
     """`index` is the choice's number in the response; `settled` means that only its end is missing.
 
-    `given`: the last tokens of the prompt that come back, with what is said of them, before the answer's own. With
-    `request.echo` the prompt is part of the answer; where it comes back, its first token is a token without a choice.
+    `given`: the last tokens of the prompt that come back, with what is said of them, before the answer's own; the ones
+    before them are tokens without a choice. `echo`: text that the answer begins with.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class Answer:
         *,
         max_tokens: int,
         given: int,
+        echo: str,
         stop_token_ids: frozenset[int],
     ) -> None:
         self.index = index
@@ -72,22 +73,13 @@ class Answer:
         self._stop_ids = stop_token_ids
         self._reported_stops = frozenset(request.stop_token_ids)
         self._awaited = given  # tokens of the prompt that have not come back
-        read = [] if request.echoes else prompt
-        self._stream = TextStream(tokenizer, read, skip_special_tokens=request.skip_special_tokens)
+        self._stream = TextStream(tokenizer, prompt, skip_special_tokens=request.skip_special_tokens)
         self._stops = StopStrings(request.stop, include=self._include_stop) if request.stop else None
         self._unread: int | None = None  # a stop token whose text waits for the verdict of `end`
-        self._texts: list[str] = []
-        self._tokens: list[int] = []
+        self._texts = [echo] if echo else []
+        self._tokens = prompt[: len(prompt) - given] if given else []
         self._choices: list[Choice] = []
         self._weights: list[float] = []
-        if request.echoes:
-            self._echo(prompt[: len(prompt) - given], shown=bool(given))
-
-    def _echo(self, tokens: list[int], *, shown: bool) -> None:
-        """Make the beginning of the prompt part of the answer; its tokens too if `shown`."""
-        self._tokens += tokens if shown else []
-        for token in tokens:
-            self._add_text(self._stream.push(token))
 
     def push(self, token: int, choice: Choice | None) -> bool:
         """Take one token; True when a stop string is complete, and the sequence must be aborted."""
@@ -96,7 +88,6 @@ class Answer:
             self._choices.append(choice)
         if self._awaited:
             self._awaited -= 1
-            self._add_text(self._stream.push(token))
             return False
         self.count += 1
         if choice is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -44,7 +45,14 @@ async def _prompts(ensemble: Ensemble, request: CompletionRequest) -> list[Promp
             check_scorable(ensemble, ids, "echo")
         if request.prompt_logprobs is not None:
             check_scorable(ensemble, ids, "prompt_logprobs")
-    return [Prompt(ids, room(ensemble, ids, "prompt"), scored=request.scores_prompt) for ids in prompts]
+    if not request.echo:
+        texts = [""] * len(prompts)
+    elif not texts:  # ids are shown as they are, like vLLM does
+        texts = await asyncio.to_thread(lambda: [ensemble.tokenizer.decode(ids[0]) for ids in prompts])
+    return [
+        Prompt(ids, room(ensemble, ids, "prompt"), scored=request.scores_prompt, echo=text)
+        for ids, text in zip(prompts, texts, strict=True)
+    ]
 
 
 class CompletionShape(Common):

@@ -221,11 +221,6 @@ class GenerationRequest(Body):
         """The client's limit of generated tokens; None for what the context leaves."""
         raise NotImplementedError
 
-    @property
-    def echoes(self) -> bool:
-        """Whether the answer begins with the prompt."""
-        return False
-
 
 class Conversation(Body):
     """What the chat template is given."""
@@ -322,10 +317,6 @@ class CompletionRequest(GenerationRequest):
         if self.echo and self.response_format.constrains:
             raise ValueError("echo and response_format exclude each other")
         return self
-
-    @property
-    def echoes(self) -> bool:
-        return self.echo
 
     @property
     def scores_prompt(self) -> bool:

@@ -15,11 +15,12 @@ from server.request import SamplingParams, SequenceRequest
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One prompt. `ids`: per used expert. `room`: tokens its contexts leave for the answer. `scored`: its tokens but
-    the first get log-probabilities; it is the same for each expert."""
+    the first get log-probabilities; it is the same for each expert. `echo`: what of it is shown before the answer."""
 
     ids: Sequence[list[int]]
     room: int
     scored: bool = False
+    echo: str = ""
 
 
 class SequenceFactory:

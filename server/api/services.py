@@ -56,6 +56,7 @@ class Services:
                 ensemble.tokenizer,
                 max_tokens=sequence.max_tokens - len(sequence.given),
                 given=len(sequence.given),
+                echo=prompts[index // request.n].echo,
                 stop_token_ids=factory.stop_token_ids,
             )
             for index, sequence in enumerate(sequences)

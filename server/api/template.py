@@ -120,15 +120,15 @@ class Marks:
         """Ids of a rendered prompt: the template's special tokens parsed, the client's kept as text."""
         if _OPEN not in rendered:
             return self._tokenizer.encode([rendered], add_special_tokens=add_special_tokens)[0]
-        ids: list[int] = []
+        parts: list[tuple[str, bool]] = []
         plain = ""
         for run in re.split(f"({self._tokenizer.special_pattern.pattern})", rendered):
             if _OPEN in run:
-                ids += self._tokenizer.encode([plain])[0] + self._tokenizer.encode_literally(self.show(run))
+                parts += [(plain, False), (self.show(run), True)]
                 plain = ""
             else:
                 plain += run
-        return ids + self._tokenizer.encode([plain])[0]
+        return self._tokenizer.encode_parts([*parts, (plain, False)], add_special_tokens=add_special_tokens)
 
     def cut(self, rendered: str) -> str:
         """The rendered prompt up to `tail`; without spaces before it where the template trims, as

@@ -67,6 +67,13 @@ class Tokenizer:
         """Ids of `text`; special tokens written in it stay plain text."""
         return _encode(self._literal, [text], False)[0]
 
+    def encode_parts(self, parts: Iterable[tuple[str, bool]], *, add_special_tokens: bool = False) -> list[int]:
+        """Ids of one text in parts; in those marked True, special tokens stay plain text."""
+        cores = (self.core, self._literal)
+        found = [cores[literal].encode_batch_fast([text], add_special_tokens=False)[0] for text, literal in parts]
+        whole = self.core.post_process(tokenizers.Encoding.merge(found, False), None, add_special_tokens)
+        return list(whole.ids)
+
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         # decode_batch releases the interpreter lock, decode does not
         return self.core.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0]

@@ -140,7 +140,8 @@ class FakeCoordinator:
 
 
 def _cut(tokens: list[int], sequence: SequenceRequest) -> list[int]:
-    stops = (place for place, token in enumerate(tokens) if token in sequence.stop_token_ids)
+    given = len(sequence.given)
+    stops = (place for place, token in enumerate(tokens) if place >= given and token in sequence.stop_token_ids)
     return tokens[: next(stops, len(tokens)) + 1][: sequence.max_tokens]
 
 

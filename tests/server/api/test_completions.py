@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.server.api.deployment import CONTEXT, END, VOCABULARY, ids
+from tests.server.api.deployment import BOS, CONTEXT, END, VOCABULARY, ids
 from tests.server.api.fake import Script
 from tests.server.api.serving import Served
 
@@ -109,6 +109,19 @@ async def test_echo_puts_the_prompt_before_the_answer(api: Served) -> None:
         assert answer["choices"][0]["logprobs"] is None
         assert answer["usage"]["completion_tokens"] == 2
     assert all(sequence.given == [] for sequence in api.fake.submitted)
+
+
+@pytest.mark.parametrize("prompt", ["a<|end|>b<|bos|>", [97, END, 98, BOS]])
+@pytest.mark.parametrize("more", [{}, {"stream": True}, {"logprobs": 1}, {"logprobs": 1, "stream": True}])
+async def test_echo_shows_the_prompt_as_it_is(api: Served, prompt: object, more: dict[str, object]) -> None:
+    """Special tokens are hidden in answers only."""
+    api.fake.script = replies("!<|stop|>?")
+    text = (await api.complete(prompt=prompt, echo=True, **more)).text
+    pieces = [line[6:] for line in text.split("\n\n") if line.startswith("data: {")] if "stream" in more else [text]
+    choices = [json.loads(piece)["choices"][0] for piece in pieces]
+    assert "".join(choice["text"] for choice in choices) == "a<|end|>b<|bos|>!?"
+    if "logprobs" in more:
+        assert sum(len(choice["logprobs"]["tokens"]) for choice in choices) == 7
 
 
 @pytest.mark.parametrize("most", [0, 1, 3])

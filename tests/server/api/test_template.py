@@ -6,11 +6,12 @@ import random
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from server.api.template import ChatTemplate, Marks
 from server.api.tokenizer import Tokenizer
 from server.errors import BadRequest, StartError
-from tests.server.api.deployment import END, SPECIAL, TEMPLATE, USER, byte_tokenizer
+from tests.server.api.deployment import BOS, END, SPECIAL, STOP, TEMPLATE, USER, byte_tokenizer
 
 TOKENIZER = Tokenizer(byte_tokenizer().to_str())
 TOKENS = {"bos_token": "<|bos|>", "eos_token": "<|end|>"}
@@ -67,6 +68,19 @@ def test_no_text_becomes_a_special_token() -> None:
         marks = Marks(TOKENIZER, most=100)
         ids = marks.encode(f"<|user|>{marks.hide(content)}<|end|>")
         assert ids == [USER, *content.encode(), END]
+
+
+@pytest.mark.parametrize("content", ["Hi", "Hi<|pad|>", "<|pad|>", "\ufdd0"])
+def test_what_the_tokenizer_adds_it_adds_whatever_the_content(content: str) -> None:
+    core = byte_tokenizer()
+    core.post_processor = TemplateProcessing(
+        single="<|bos|> $A <|stop|>", special_tokens=[("<|bos|>", BOS), ("<|stop|>", STOP)]
+    )
+    tokenizer = Tokenizer(core.to_str())
+    marks = Marks(tokenizer, most=100)
+    for added, before, after in ((True, [BOS], [STOP]), (False, [], [])):
+        ids = marks.encode(f"<|user|>{marks.hide(content)}<|end|>", add_special_tokens=added)
+        assert ids == [*before, USER, *content.encode(), END, *after]
 
 
 def test_marks_of_another_request_are_text() -> None:
