@@ -178,20 +178,21 @@ def validation_loss(
 
 
 def forward_microseconds(gate: Gate, rows: int, repeats: int = 200) -> float:
-    """Median time of one `forward` over made-up rows, with as many threads as torch has now."""
-    contract = gate.contract
+    """Median time of one `forward` over made-up rows, on the gate's device, with as many threads as torch has now."""
+    contract, device = gate.contract, torch.device(gate.device)
     experts = len(contract.experts)
     logprobs = torch.randn(rows, experts, contract.top_k).log_softmax(-1).sort(-1, descending=True).values
-    ids = torch.randint(0, 1000, logprobs.shape)
     arguments = (
-        logprobs,
-        ids,
-        torch.randn(rows, experts, contract.projected_size),
-        torch.zeros(rows, contract.state_size),
+        logprobs.to(device),
+        torch.randint(0, 1000, logprobs.shape, device=device),
+        torch.randn(rows, experts, contract.projected_size, device=device),
+        torch.zeros(rows, contract.state_size, device=device),
     )
     times = []
     for _ in range(repeats + 20):
         began = time.perf_counter()
         gate.forward(*arguments)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - began)
     return statistics.median(times[20:]) * 1e6

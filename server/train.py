@@ -60,7 +60,7 @@ def train(options: argparse.Namespace) -> int:
         _refine(config, options, model, contract, samples, log)
     checkpoint.save(copy.deepcopy(model).cpu(), contract, options.output)
     log.finish()
-    _describe(options.output, time.perf_counter() - began)
+    _describe(options.output, device, time.perf_counter() - began)
     return 0
 
 
@@ -75,8 +75,12 @@ def _fit(options: argparse.Namespace, model: GateModel, contract: Contract, reco
     sizes = f"{len(parts[0])} responses to train on ({100 * right:.0f}% right), {len(parts[1])} to validate on"
     log.console.print(f"{sizes}; on {device}", soft_wrap=True)
     settings = Broadcast(options.updates, options.batch_size, options.rate, options.negative_weight)
+    first, began = log.progress.step, time.perf_counter()
     with log.bar("recorded responses", settings.updates) as report:
         fit(model, contract, records, parts, settings, log.progress, seed=options.seed, report=report)
+    if updates := log.progress.step - first:
+        each = (time.perf_counter() - began) / updates
+        log.console.print(f"{updates} updates, {1e3 * each:.1f} ms each, on {device}", soft_wrap=True)
 
 
 def _refine(
@@ -188,12 +192,18 @@ def _settings(options: argparse.Namespace, responses: int) -> dict[str, Any]:
     return settings | recorded
 
 
-def _describe(path: Path, seconds: float) -> None:
-    """Print what the gate is and costs."""
+def _describe(path: Path, device: torch.device, seconds: float) -> None:
+    """Print what the gate is and costs: on one core, as in the coordinator, and on the GPU that trained it, if any."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the coordinator
+    torch.set_num_threads(1)
     gate = checkpoint.load(path)
     parameters = sum(parameter.numel() for parameter in gate.module.parameters())
-    times = ", ".join(f"{forward_microseconds(gate, rows):.0f} us a forward at B={rows}" for rows in (1, 32))
+    times = f"{_forward_times(gate)} (one core)"
     torch.set_num_threads(threads)
-    print(f"{path}: {parameters} parameters, {times} (one core), trained in {seconds:.0f} s")
+    if device.type != "cpu":
+        times += f", {_forward_times(checkpoint.load(path, str(device)))} ({device})"
+    print(f"{path}: {parameters} parameters, {times}, trained in {seconds:.0f} s")
+
+
+def _forward_times(gate: checkpoint.Gate) -> str:
+    return ", ".join(f"{forward_microseconds(gate, rows):.0f} us a forward at B={rows}" for rows in (1, 32))

@@ -106,6 +106,7 @@ def test_a_gate_of_each_family(
     printed = capsys.readouterr()
     assert "parameters" in printed.out
     assert "us a forward at B=32" in printed.out
+    assert "20 updates, " in printed.err and " ms each, on cpu" in printed.err
     folder = traces.parent / "gate.training"
     assert sorted(path.name for path in folder.iterdir()) == ["curves.csv", "curves.png"]
 
