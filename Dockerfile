@@ -91,13 +91,13 @@ COPY --from=cpu-app /app /
 ENV PATH=/opt/polylogit/bin:$PATH \
     HOME=/var/cache/polylogit \
     NUMBA_CACHE_DIR=/var/cache/polylogit \
-    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONPYCACHEPREFIX=/var/cache/polylogit/python \
     PYTHONUNBUFFERED=1
 LABEL org.opencontainers.image.title="polylogit" \
       org.opencontainers.image.description="OpenAI-compatible server that fuses several LLMs token by token; CPU, with a demo" \
       org.opencontainers.image.licenses="Apache-2.0"
 USER 2000:0
-# What vLLM, Triton, torch and Numba compile. A volume, so that it can be written where the root file system cannot.
+# What Python, vLLM, torch and Numba compile. A volume, so that it can be written where the root file system cannot.
 VOLUME /var/cache/polylogit
 WORKDIR /etc/polylogit
 EXPOSE 8000
