@@ -25,17 +25,24 @@ class Piece:
 
 
 class PromptScores:
-    """What is said of a prompt's own tokens but the first, in `choices`: a sequence of which every token is given."""
+    """What is said of a prompt's own tokens but the first: a sequence of which every token is given. `index` is the
+    prompt's."""
 
-    def __init__(self) -> None:
-        self.choices: list[Choice] = []
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self._scored: list[tuple[int, Choice]] = []
         self.finish_reason: str | None = None
         self.cached_tokens = 0
 
     def push(self, token: int, choice: Choice | None) -> bool:
         if choice is not None:
-            self.choices.append(choice)
+            self._scored.append((token, choice))
         return False
+
+    def take(self) -> list[tuple[int, Choice]]:
+        """What is new since the last call, with the tokens it is said of."""
+        scored, self._scored = self._scored, []
+        return scored
 
     def end(self, ended: Ended) -> None:
         self.finish_reason = "length"

@@ -13,7 +13,7 @@ from server.api.protocol import ChatRequest
 from server.api.reply import Job
 from server.api.sequences import Prompt
 from server.api.services import Services
-from server.api.shapes import Common, Usage, encode, finite
+from server.api.shapes import Common, Part, Usage, encode, finite
 from server.errors import BadRequest
 from server.messages import Choice
 
@@ -70,11 +70,11 @@ class ChatShape(Common):
         piece = answer.take()
         delta = b'{"content":%b}' % encode(piece.text)
         if self._calls:
-            gained = self._gained(answer, piece)
+            gained = self._gained(answer, piece.text)
             if not (gained.content or gained.calls or answer.finish_reason or self.shows_tokens):
                 return b""
             delta = encode(_delta(gained))
-        logprobs = b"null" if self.request.alternatives is None else encode(self._logprobs(piece))
+        logprobs = b"null" if self.request.alternatives is None else encode(self.logprobs(answer, piece))
         text = b'{"index":%d,"delta":%b,"logprobs":%b' % (answer.index, delta, logprobs)
         return self.head + text + self.end_of_choice(answer, piece)
 
@@ -83,40 +83,34 @@ class ChatShape(Common):
         called = self._calls and self._calls[answer.index].count and not self._named
         return "tool_calls" if called and answer.finish_reason == "stop" else answer.finish_reason
 
-    def response(self, answers: Sequence[Answer], scores: Sequence[PromptScores], usage: Usage) -> bytes:
-        more: dict[str, Any] = {}
+    def response(self, answers: Sequence[Answer], scores: Sequence[PromptScores], usage: Usage) -> list[Part]:
+        more: list[Part] = []
         if self.request.return_token_ids:
-            more["prompt_token_ids"] = answers[0].prompt
-        if scores:
-            more["prompt_logprobs"] = self.prompt_logprobs(answers[0].prompt, scores[0])
-        return self.envelope([self._choice(answer) for answer in answers], usage, **more)
+            more.append(b',"prompt_token_ids":' + encode(answers[0].prompt))
+        for score in scores:  # one, of the one prompt
+            more += self.prompt_logprobs(score)
+        return self.envelope([self._choice(answer) for answer in answers], usage, *more)
 
-    def _choice(self, answer: Answer) -> dict[str, Any]:
-        piece = answer.take()
-        return {
-            "index": answer.index,
-            "message": {"role": "assistant", **self._message(answer, piece), "refusal": None},
-            "logprobs": None if self.request.alternatives is None else self._logprobs(piece),
-            "finish_reason": self.finish_reason(answer),
-            "stop_reason": answer.stop_reason,
-            **self.extras(answer, piece),
-        }
+    def _choice(self, answer: Answer) -> list[Part]:
+        message = {"role": "assistant", **self._message(answer), "refusal": None}
+        return self.choice(answer, b'"message":' + encode(message))
 
-    def _message(self, answer: Answer, piece: Piece) -> dict[str, Any]:
+    def _message(self, answer: Answer) -> dict[str, Any]:
         """A whole answer's content and calls."""
+        text = self.text_of(answer)
         if not self._calls:
-            return {"content": piece.text}
-        gained = self._gained(answer, piece)
+            return {"content": text}
+        gained = self._gained(answer, text)
         calls = [{key: value for key, value in call.shown().items() if key != "index"} for call in gained.calls]
         return {"content": gained.content or None, "tool_calls": calls} if calls else {"content": gained.content}
 
-    def _gained(self, answer: Answer, piece: Piece) -> Gained:
-        """What an answer's calls and content gained with `piece`."""
+    def _gained(self, answer: Answer, text: str) -> Gained:
+        """What an answer's calls and content gained with `text`."""
         stream = self._calls[answer.index]
-        gained = stream.push(piece.text)
+        gained = stream.push(text)
         return gained.joined(stream.flush()) if answer.finish_reason is not None else gained
 
-    def _logprobs(self, piece: Piece) -> dict[str, Any]:
+    def logprobs(self, answer: Answer, piece: Piece) -> dict[str, list[Any]]:
         return {
             "content": [self._entry(token, choice) for token, choice in zip(piece.tokens, piece.choices, strict=True)]
         }

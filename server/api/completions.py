@@ -15,7 +15,7 @@ from server.api.protocol import CompletionRequest
 from server.api.reply import Job
 from server.api.sequences import Prompt
 from server.api.services import Services
-from server.api.shapes import Common, Usage, encode, finite
+from server.api.shapes import Common, Part, Usage, encode, finite
 
 
 async def completion_job(services: Services, request: CompletionRequest, request_id: str) -> Job:
@@ -62,48 +62,31 @@ class CompletionShape(Common):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._offsets: defaultdict[int, int] = defaultdict(int)  # choice -> characters of its tokens so far
-        self._prompts_shown: set[int] = set()
 
     def opening(self, answers: Sequence[Answer]) -> bytes:
         return b""
 
     def chunk(self, answer: Answer) -> bytes:
         piece = answer.take()
-        logprobs = b"null" if self.request.alternatives is None else encode(self._logprobs(answer.index, piece))
+        logprobs = b"null" if self.request.alternatives is None else encode(self.logprobs(answer, piece))
         text = b'{"index":%d,"text":%b,"logprobs":%b' % (answer.index, encode(piece.text), logprobs)
         return self.head + text + self.end_of_choice(answer, piece)
 
-    def extras(self, answer: Answer, piece: Piece) -> dict[str, Any]:
-        extras = super().extras(answer, piece)
-        if self.request.return_token_ids and answer.index not in self._prompts_shown:
-            self._prompts_shown.add(answer.index)
-            extras["prompt_token_ids"] = answer.prompt
-        return extras
+    def about_prompt(self, answer: Answer) -> dict[str, Any]:
+        return {"prompt_token_ids": answer.prompt} if self.request.return_token_ids else {}
 
-    def response(self, answers: Sequence[Answer], scores: Sequence[PromptScores], usage: Usage) -> bytes:
-        choices = [self._choice(answer) for answer in answers]
-        if scores:
-            for choice, answer in zip(choices, answers, strict=True):
-                own = scores[answer.index // self.request.n]
-                choice["prompt_logprobs"] = self.prompt_logprobs(answer.prompt, own)
-        return self.envelope(choices, usage)
+    def response(self, answers: Sequence[Answer], scores: Sequence[PromptScores], usage: Usage) -> list[Part]:
+        return self.envelope([self._choice(answer, scores) for answer in answers], usage)
 
-    def _choice(self, answer: Answer) -> dict[str, Any]:
-        piece = answer.take()
-        return {
-            "index": answer.index,
-            "text": piece.text,
-            "logprobs": None if self.request.alternatives is None else self._logprobs(answer.index, piece),
-            "finish_reason": answer.finish_reason,
-            "stop_reason": answer.stop_reason,
-            **self.extras(answer, piece),
-        }
+    def _choice(self, answer: Answer, scores: Sequence[PromptScores]) -> list[Part]:
+        more = self.prompt_logprobs(scores[answer.index // self.request.n]) if scores else []
+        return self.choice(answer, b'"text":' + encode(self.text_of(answer)), *more)
 
-    def _logprobs(self, index: int, piece: Piece) -> dict[str, Any]:
+    def logprobs(self, answer: Answer, piece: Piece) -> dict[str, list[Any]]:
         tokens = [self._text(token) for token in piece.tokens]
         unknown = [None] * (len(tokens) - len(piece.choices))  # nothing comes before a prompt's first token
         logprobs: dict[str, Any] = {
-            "text_offset": [self._offset(index, token) for token in tokens],
+            "text_offset": [self._offset(answer.index, token) for token in tokens],
             "token_logprobs": unknown + [finite(choice.logprob) for choice in piece.choices],
             "tokens": tokens,
             "top_logprobs": unknown

@@ -1,10 +1,11 @@
-"""uvicorn, made strict: limits on headers and trailers, a connection that can be cut, and no signal handlers of
-its own."""
+"""uvicorn, made strict: limits on headers and trailers, on the time that a client may take to send and to read, and no
+signal handlers of its own."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,12 +26,18 @@ _STOP_SECONDS = 5
 
 class Connection(HttpToolsProtocol):
     """One client connection. What a request has around its body, even trailers after it, must be short, and all of it
-    arrive within a time limit: the parser itself keeps what is unfinished."""
+    arrive within a time limit: the parser itself keeps what is unfinished. `write_seconds`: how long more than a little
+    may wait to be read."""
 
     _bare_bytes = 0  # since the last piece of a body
     _in_headers = True  # or before them
     _unfinished = True
     _deadline: asyncio.TimerHandle | None = None
+    _write_deadline: asyncio.TimerHandle | None = None
+
+    def __init__(self, *arguments: Any, write_seconds: float, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._write_seconds = write_seconds
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -38,6 +45,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unlimit()
+        self._unlimit_writing()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -54,7 +62,6 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._unfinished = True
-        self.scope["extensions"] = {"polylogit.abort": {"call": self.transport.abort}}
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_headers:  # a trailer
@@ -92,6 +99,14 @@ class Connection(HttpToolsProtocol):
             self.transport.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
             self.transport.close()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_deadline = self.loop.call_later(self._write_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._unlimit_writing()
+        super().resume_writing()
+
     def timeout_keep_alive_handler(self) -> None:
         """An answer that was not read until now is not waited for."""
         if self.transport.get_write_buffer_size():
@@ -116,6 +131,11 @@ class Connection(HttpToolsProtocol):
             self._deadline.cancel()
             self._deadline = None
 
+    def _unlimit_writing(self) -> None:
+        if self._write_deadline is not None:
+            self._write_deadline.cancel()
+            self._write_deadline = None
+
     def _expire(self, seconds: float) -> None:
         """While there is an answer to wait for, the rest of the request, or the next one, may take longer."""
         if self._answering:
@@ -136,16 +156,18 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-def http_server(app: ASGIApp, **settings: Any) -> HttpServer:
-    """A server for `app`; `settings` overrides uvicorn's."""
-    defaults: dict[str, Any] = {
-        "http": Connection,
-        "ws": "none",
-        "lifespan": "off",
-        "log_config": None,
-        "access_log": False,
-        "server_header": False,
-        "timeout_keep_alive": _KEEP_ALIVE_SECONDS,
-        "timeout_graceful_shutdown": _STOP_SECONDS,
-    }
-    return HttpServer(uvicorn.Config(app, **(defaults | settings)))
+def http_server(app: ASGIApp, write_seconds: float) -> HttpServer:
+    """A server for `app`."""
+    connection: Any = functools.partial(Connection, write_seconds=write_seconds)
+    config = uvicorn.Config(
+        app,
+        http=connection,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=_STOP_SECONDS,
+    )
+    return HttpServer(config)

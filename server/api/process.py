@@ -43,7 +43,7 @@ async def serve(config: Config, address: str, listener: socket.socket) -> None:
     try:
         tracing = None if provider is None else Tracing(provider, config.expert_names)
         client = EngineClient(channel)
-        server = http_server(create_app(config, client, tracing))
+        server = http_server(create_app(config, client, tracing), config.http.write_seconds)
         running = asyncio.create_task(client.run())
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         await asyncio.wait({running, serving}, return_when=asyncio.FIRST_COMPLETED)

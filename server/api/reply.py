@@ -1,7 +1,7 @@
-"""Runs one request's generation and writes the answer: whole, or as server-sent events.
+"""Runs one request's generation and writes the answer: whole, in blocks, or as server-sent events.
 
-Ends the generation when the client leaves, when it stops reading for longer than the write limit, and when a
-stop string is complete. Knows the events of the coordinator and ASGI, not the shapes of the answers.
+Ends the generation when the client leaves, or no longer reads and so is cut off (`server.api.http`), and when a stop
+string is complete. Knows the events of the coordinator and ASGI, not the shapes of the answers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -21,7 +21,7 @@ from server.api.answers import Answer, PromptScores
 from server.api.client import Cached, EngineClient, Event, Generation
 from server.api.faults import error_event
 from server.api.protocol import GenerationRequest
-from server.api.shapes import DONE, KEEP_ALIVE, Shape, Usage
+from server.api.shapes import DONE, KEEP_ALIVE, Part, Shape, Usage
 from server.api.tracing import trace_of
 from server.config import HttpConfig
 from server.errors import GenerationFailed, RequestError
@@ -34,6 +34,10 @@ _EVENT_STREAM = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+
+_BLOCK = 64 * 1024
+_TURN = 256
+"""Events between which others get a turn."""
 
 _log = logging.getLogger("polylogit.api")
 
@@ -91,10 +95,7 @@ class Reply(Response):
         with self._client.start(trace.timed(self._job.sequences) if trace else self._job.sequences) as generation:
             watcher = asyncio.create_task(_watch(receive, generation))
             try:
-                if self._job.request.stream:
-                    await self._stream(generation, _Writer(scope, send, generation, self._http))
-                else:
-                    await self._whole(generation, scope, receive, send)
+                await (self._stream if self._job.request.stream else self._whole)(generation, send)
             except RequestError as error:
                 account.note_error(error)
                 raise
@@ -105,19 +106,40 @@ class Reply(Response):
                 if trace:
                     trace.generated(self._job.sequences, generation, self._text_seconds)
 
-    async def _whole(self, generation: Generation, scope: Scope, receive: Receive, send: Send) -> None:
-        timing = self._metrics.timing()
-        readers: list[Answer | PromptScores] = [*self._job.answers, *self._job.scores]
+    async def _whole(self, generation: Generation, send: Send) -> None:
+        parts = await self._parts(generation)
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % sum(map(len, parts)))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for block in _blocks(parts):
+            await send({"type": "http.response.body", "body": block, "more_body": bool(block)})
+            if generation.unfinished:  # there is only one thing left to hear: the client is gone
+                await generation.read()
+
+    async def _parts(self, generation: Generation) -> list[Part]:
+        """The whole response, once all has been generated."""
+        job, timing = self._job, self._metrics.timing()
+        readers: list[Answer | PromptScores] = [*job.answers, *job.scores]
         while generation.unfinished:
             events = await generation.read()
             timing.tokens(_token_places(events))
-            started = time.perf_counter()
-            _advance(generation, readers, events)
-            self._text_seconds += time.perf_counter() - started
-        body = self._job.shape.response(self._job.answers, self._job.scores, self._job.usage())
-        await Response(body, media_type="application/json")(scope, receive, send)
+            for start in range(0, len(events), _TURN):
+                if start:
+                    await asyncio.sleep(0)
+                self._keep(generation, readers, events[start : start + _TURN])
+        for reader in readers:
+            job.shape.keep(reader)
+        return job.shape.response(job.answers, job.scores, job.usage())
 
-    async def _stream(self, generation: Generation, writer: _Writer) -> None:
+    def _keep(self, generation: Generation, readers: Sequence[Answer | PromptScores], events: Sequence[Event]) -> None:
+        """Text is put together at the end; what is said of tokens is too much for then."""
+        started = time.perf_counter()
+        for reader in _advance(generation, readers, events):
+            if self._job.shape.shows_tokens or isinstance(reader, PromptScores):
+                self._job.shape.keep(reader)
+        self._text_seconds += time.perf_counter() - started
+
+    async def _stream(self, generation: Generation, send: Send) -> None:
+        writer = _Writer(send, generation, self._http.keepalive_seconds)
         try:
             end = await self._events_but_the_last(generation, writer)
             await writer.write(end + DONE, last=True)
@@ -159,19 +181,17 @@ class Reply(Response):
 
 
 class _Writer:
-    """Sends the bytes of an event stream; looks after pauses, in both directions."""
+    """Sends the bytes of an event stream; wakes the reader when there were none for a while."""
 
-    def __init__(self, scope: Scope, send: Send, generation: Generation, http: HttpConfig) -> None:
+    def __init__(self, send: Send, generation: Generation, keepalive: float) -> None:
         self.started = False
         self._send = send
         self._generation = generation
-        self._keepalive = http.keepalive_seconds
-        self._limit = http.write_seconds
-        self._abort: Callable[[], None] | None = scope.get("extensions", {}).get("polylogit.abort", {}).get("call")
+        self._keepalive = keepalive
         self._loop = asyncio.get_running_loop()
         self._since = self._loop.time()
         self._sending = False
-        self._period = min(1.0, self._keepalive / 2, self._limit / 2)
+        self._period = min(1.0, keepalive / 2)
         self._timer = self._loop.call_later(self._period, self._check)
 
     async def write(self, data: bytes, *, last: bool = False) -> None:
@@ -187,15 +207,24 @@ class _Writer:
         self._timer.cancel()
 
     def _check(self) -> None:
-        pause = self._loop.time() - self._since
-        if self._sending and pause > self._limit:
-            if self._abort is not None:
-                self._abort()
-            self._generation.fail(ClientGone())
-            return
-        if not self._sending and pause >= self._keepalive:
+        if not self._sending and self._loop.time() - self._since >= self._keepalive:
             self._generation.nudge()
         self._timer = self._loop.call_later(self._period, self._check)
+
+
+def _blocks(parts: list[Part]) -> Iterator[bytes]:
+    """The same bytes, neither in many small writes nor in one that fills the memory until the client has read it; an
+    empty block at the end."""
+    block = bytearray()
+    for part in parts:
+        for start in range(0, len(part), _BLOCK):
+            block += memoryview(part)[start : start + _BLOCK]
+            if len(block) >= _BLOCK:
+                yield bytes(block)
+                block.clear()
+    if block:
+        yield bytes(block)
+    yield b""
 
 
 def _advance(generation: Generation, answers: Sequence[Reader], events: Sequence[Event]) -> list[Reader]:

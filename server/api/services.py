@@ -62,7 +62,7 @@ class Services:
             for index, sequence in enumerate(sequences)
         ]
         scoring = factory.scoring(prompts) if request.prompt_logprobs is not None else []
-        scores = [PromptScores() for _ in scoring]
+        scores = [PromptScores(index) for index in range(len(scoring))]
         return Job(sequences + scoring, answers, scores, shape, request, ensemble.model)
 
     def reply(self, job: Job) -> Reply:

@@ -31,7 +31,7 @@ import httpx
 from server.api import process
 from server.bench import cpu_times, processor, steal, versions
 from server.config import Config
-from server.messages import Abort, Ended, FromApi, Progress, Status, Stop, Submit, ToApi
+from server.messages import Abort, Choice, Ended, FromApi, Progress, Status, Stop, Submit, ToApi
 from server.request import FinishReason
 from server.transport import AsyncChannel
 from tests.server.api.deployment import deployment
@@ -40,6 +40,8 @@ CONTEXT = 131_072
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 _BEAT_SECONDS = 0.001
+_TICK_SECONDS = 0.002
+_CHOICE = Choice(-0.5, 1, [(ord("a") - rank, -0.5 - rank) for rank in range(20)], [0.75, 0.25])
 _USER = {"role": "user", "content": "x"}
 
 
@@ -146,6 +148,19 @@ class Engine:
             for _ in self.running if tick else ():
                 await self.read.acquire()
             await self.channel.send(Progress(self.running, [ord("a")] * len(self.running)))
+        await self._end()
+
+    async def play_scored(self) -> None:
+        """The same for whole answers with alternatives for every token; nobody reads before the end."""
+        await self.begun.wait()
+        self.begun.clear()
+        for _ in range(self.length):
+            choices = dict.fromkeys(self.running, _CHOICE)
+            await self.channel.send(Progress(self.running, [ord("a")] * len(self.running), choices))
+            await asyncio.sleep(_TICK_SECONDS)
+        await self._end()
+
+    async def _end(self) -> None:
         for number in self.running:
             await self.channel.send(Ended(number, FinishReason.LENGTH))
         self.running = []
@@ -189,6 +204,21 @@ class Bench:
                 break
         writer.close()
         return first
+
+    async def whole(self, choices: int, tokens: int) -> tuple[int, Spent]:
+        """The bytes of one whole answer with 20 alternatives for every token, and what it cost."""
+        await self.spent()
+        self.engine.start, self.engine.length = choices, tokens
+        playing = asyncio.create_task(self.engine.play_scored())
+        scored = {"logprobs": True, "top_logprobs": 20}
+        reader, writer = await self._post(CHAT, {"messages": [_USER], "n": choices, "max_tokens": tokens, **scored})
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        body = json.loads(await reader.readexactly(length))
+        assert [len(choice["logprobs"]["content"]) for choice in body["choices"]] == [tokens] * choices
+        writer.close()
+        await playing
+        return length, await self.spent()
 
     async def refusal(self, path: str, body: bytes) -> tuple[int, Spent]:
         """The status of the answer to one body, and what it cost."""
@@ -300,6 +330,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
     async with bench() as made:
         await made.streams(options.streams, 16)  # warms up
         rounds = [await made.streams(options.streams, options.tokens) for _ in range(options.rounds)]
+        whole = [await made.whole(16, 1000) for _ in range(options.rounds)]
         stalls: dict[str, Any] = {}
         for name, (path, body) in bodies().items():
             seen = [await made.refusal(path, body) for _ in range(options.rounds)]
@@ -318,6 +349,11 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
         "machine": {"processor": processor(), "cores": os.cpu_count()},
         "steal": steal(before, cpu_times()),
         "streams": [_row(one) for one in rounds],
+        "whole_answer": {
+            "bytes": whole[0][0],
+            "stall_ms": [round(1e3 * spent.stall, 1) for _, spent in whole],
+            "stall_cpu_ms": [round(1e3 * spent.stall_cpu, 1) for _, spent in whole],
+        },
         "bodies": stalls,
     }
 

@@ -55,6 +55,7 @@ async def served(config: Config) -> AsyncIterator[Served]:
     """Serve `config` on a free port; not ready yet."""
     with tempfile.TemporaryDirectory() as directory, socket.socket() as listener:
         address = f"{directory}/api"
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * 1024)  # a client that does not read is soon felt
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         fake = FakeCoordinator(address)

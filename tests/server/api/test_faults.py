@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import random
+import socket
 import time
 
 import httpx
@@ -236,7 +237,7 @@ async def test_clients_that_leave_before_the_first_token(api: Served) -> None:
             )
     await api.fake.busy(2)
     await api.fake.idle()
-    assert "polylogit_http_requests_in_flight 1.0" in (await api.http.get("/metrics")).text
+    await in_flight(api, 1)
 
 
 async def test_two_hundred_clients_that_leave(api: Served, caplog: pytest.LogCaptureFixture) -> None:
@@ -253,7 +254,7 @@ async def test_two_hundred_clients_that_leave(api: Served, caplog: pytest.LogCap
     await asyncio.gather(*(leave() for _ in range(200)))
     await asyncio.sleep(0.1)
     await api.fake.idle()
-    assert "polylogit_http_requests_in_flight 1.0" in (await api.http.get("/metrics")).text
+    await in_flight(api, 1)
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
@@ -263,21 +264,46 @@ async def test_keep_alive_comments(api: Served) -> None:
     assert ": keep-alive\n\n" in text and text.endswith("data: [DONE]\n\n")
 
 
-async def test_a_client_that_stops_reading(api: Served, caplog: pytest.LogCaptureFixture) -> None:
-    api.fake.script = Script(tokens=lambda _: list(b"x" * 400), pause=0.001)
-    body = json.dumps({"prompt": "Hi", "stream": True, "n": 16, "max_tokens": 400, "logprobs": 20}).encode()
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_stops_reading(api: Served, caplog: pytest.LogCaptureFixture, stream: bool) -> None:
+    """Its socket holds little, the server's no more than a block: both ends are full before the answer is out."""
+    api.fake.script = Script(tokens=lambda _: list(b"abcdefgh" * 25), pause=0.001)
+    body = json.dumps({"prompt": "Hi", "stream": stream, "n": 16, "max_tokens": 200, "logprobs": 20}).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
-    reader, writer = await asyncio.open_connection("127.0.0.1", api.port, limit=1024)
-    writer.transport.pause_reading()
-    writer.write(head % len(body) + body)
-    await api.fake.busy()
-    await api.fake.idle()
-    async with asyncio.timeout(5):
-        while "polylogit_http_requests_in_flight 1.0" not in (await api.http.get("/metrics")).text:
-            await asyncio.sleep(0.05)
-    writer.transport.abort()
-    del reader
+    gone = await disconnected(api)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", api.port))
+        client.sendall(head % len(body) + body)
+        async with asyncio.timeout(20):
+            while await disconnected(api) == gone:
+                await asyncio.sleep(0.05)
+    assert api.fake.submitted and not api.fake.running
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+async def test_a_client_that_asks_on_and_reads_nothing(api: Served) -> None:
+    """Every answer waits for the one before it to be read, whatever it is."""
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", api.port))
+        client.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n" * 100)
+        await in_flight(api, 2)
+        await in_flight(api, 1)
+
+
+async def in_flight(api: Served, count: int) -> None:
+    """Wait until so many requests are, the one that asks among them."""
+    async with asyncio.timeout(10):
+        while f"polylogit_http_requests_in_flight {count}.0" not in (await api.http.get("/metrics")).text:
+            await asyncio.sleep(0.02)
+
+
+async def disconnected(api: Served) -> float:
+    """Requests for completions whose client did not take the answer."""
+    lines = (await api.http.get("/metrics")).text.splitlines()
+    name = 'polylogit_http_requests_total{outcome="disconnected",route="/v1/completions"} '
+    return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
 
 
 async def test_draining_and_stopping(tmp_path) -> None:
