@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 from server import logs
 from server.config import Config
 from server.errors import PolylogitError, StartError
+from server.expert.ranks import meeting
 from server.messages import (
     CoordinatorReady,
     Drain,
@@ -55,14 +56,14 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A process that the supervisor started, and the pipe for its last words. `rank_port`: where the tensor-parallel
-    ranks of an expert meet, 0 for all others. `output`: the thread that writes on what the process writes, if it is
-    captured."""
+    """A process that the supervisor started, and the pipe for its last words. `meeting`: the name of the file at which
+    it meets the other tensor-parallel ranks of its expert, "" without others. `output`: the thread that writes on what
+    the process writes, if it is captured."""
 
     name: str
     process: BaseProcess
     pipe: Connection
-    rank_port: int = 0
+    meeting: str = ""
     output: threading.Thread | None = None
 
     def last_words(self) -> str:
@@ -249,8 +250,8 @@ def end(child: Child) -> None:
     child.process.join()
     if child.output is not None:
         child.output.join(_OUTPUT_SECONDS)
-    if child.rank_port:
-        for path in Path("/dev/shm").glob(f"*{child.rank_port}-*cpushm_*"):
+    if child.meeting:
+        for path in Path("/dev/shm").glob(f"*{child.meeting}-*cpushm_*"):
             path.unlink(missing_ok=True)
 
 
@@ -261,15 +262,14 @@ def start_expert(
     a coordinator on another host."""
     chosen = config.experts[expert]
     size = chosen.tensor_parallel_size
-    port = _free_port() if size > 1 else 0
     cores = expert_cpus(config)[expert]
     children = []
     for rank in range(size):
         own = cores[rank::size] or cores if cores else None
-        place = Placement(expert, generation, rank, port, own, expert_gpus(config)[expert])
+        place = Placement(expert, generation, rank, 0, own, expert_gpus(config)[expert])
         name, door = expert_name(config, place), None if rank else listener
         child = spawn(name, run_expert, config, place, directory, door, capture=config.logging.format == "json")
-        children.append(replace(child, rank_port=port))
+        children.append(replace(child, meeting=meeting(directory, place).name if size > 1 else ""))
     return children
 
 
@@ -334,12 +334,6 @@ def run_expert(config: Config, place: Placement, directory: Path, listener: sock
 
 def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

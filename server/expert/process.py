@@ -49,7 +49,7 @@ def run(config: Config, place: Placement, directory: Path, listener: socket.sock
     if chosen.device == "cpu":
         torch.set_num_threads(len(place.cpus or (0,)))
 
-    from server.expert.ranks import converse
+    from server.expert.ranks import converse, meeting
     from server.expert.vllm_engine import VllmEngine
     from server.expert.worker import Worker
 
@@ -62,6 +62,7 @@ def run(config: Config, place: Placement, directory: Path, listener: socket.sock
     engine = VllmEngine(
         chosen,
         str(config.path(chosen.model)),
+        meeting=meeting(directory, place),
         max_sequences=config.limits.sequences,
         # A coordinator on another host may ask for them; it hears rank 0 only.
         want_hidden=gate is not None or (chosen.address is not None and not place.rank),
@@ -146,14 +147,12 @@ def environment(expert: ExpertConfig, place: Placement) -> dict[str, str]:
 
 
 def _rank_environment(place: Placement, ranks: int) -> dict[str, str]:
-    """What a launcher such as torchrun would set."""
+    """What vLLM takes from a launcher such as torchrun."""
     return {
         "RANK": str(place.rank),
         "LOCAL_RANK": str(place.rank),
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(place.port),
     }
 
 

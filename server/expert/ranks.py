@@ -12,10 +12,17 @@ from typing import Protocol
 
 from server.errors import EngineError
 from server.messages import FromExpert, Stop, ToExpert
-from server.placement import Placement
+from server.placement import Placement, expert_socket
 from server.transport import Channel, endpoint
 
 _MEET_SECONDS = 120.0
+
+
+def meeting(directory: Path, place: Placement) -> Path:
+    """The file at which the ranks of the expert at `place` find each other: PyTorch keeps there what it would otherwise
+    serve over TCP. vLLM names the CPU ranks' shared memory after it, so no two experts of a machine may share the name.
+    """
+    return directory / f"{directory.name}-{expert_socket(place.expert, place.generation)}-ranks"
 
 
 class Conversation(Protocol):

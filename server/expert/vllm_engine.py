@@ -9,9 +9,9 @@ vLLM and torch read the environment when they are imported: `server.expert.proce
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,10 @@ _MOST_WORDS = 200
 class VllmEngine:
     """A vLLM engine behind `server.expert.engine.Engine`.
 
-    `model`: the model's directory. `max_sequences`: the most that run at once. `want_hidden`: whether rows carry the
-    last hidden state. `end_tokens`: ids that end a text under a grammar. Raises EngineError for another vLLM version,
-    and whatever vLLM raises while loading.
+    `model`: the model's directory. `meeting`: a file, not there yet, at which the engines of a tensor-parallel expert's
+    ranks find each other. `max_sequences`: the most that run at once. `want_hidden`: whether rows carry the last hidden
+    state. `end_tokens`: ids that end a text under a grammar. Raises EngineError for another vLLM version, and whatever
+    vLLM raises while loading.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class VllmEngine:
         expert: ExpertConfig,
         model: str,
         *,
+        meeting: Path,
         max_sequences: int,
         want_hidden: bool,
         end_tokens: Sequence[int],
@@ -62,7 +64,7 @@ class VllmEngine:
         config = _engine_args(expert, model, max_sequences).create_engine_config()
         rendezvous_class = V2Rendezvous if config.use_v2_model_runner else V1Rendezvous
         config.model_config.logits_processors = [rendezvous_class]
-        executor = Executor.get_class(config) if expert.tensor_parallel_size == 1 else _RankExecutor
+        executor = partial(_RankExecutor, meeting) if expert.tensor_parallel_size > 1 else Executor.get_class(config)
         self._core = EngineCore(config, executor, log_stats=False)
         self._scheduler: Any = self._core.scheduler
         runner = _model_runner(self._core)
@@ -248,12 +250,15 @@ class VllmEngine:
 
 
 class _RankExecutor(ExecutorWithExternalLauncher):
-    """One rank of several. The ranks meet at an address rather than at `env://`, because vLLM names the shared memory
-    of CPU ranks after the end of it, and two experts on one machine must not share theirs."""
+    """One rank of several. They meet at a file, as those of vLLM's own executor do: at an address one would listen."""
+
+    def __init__(self, meeting: Path, config: Any) -> None:
+        self._meeting = meeting
+        super().__init__(config)
 
     def _distributed_args(self) -> tuple[str, int, int]:
         _, rank, local_rank = super()._distributed_args()
-        return f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", rank, local_rank
+        return f"file://{self._meeting}", rank, local_rank
 
 
 def _engine_args(expert: ExpertConfig, model: str, max_sequences: int) -> EngineArgs:

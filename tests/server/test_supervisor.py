@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +20,9 @@ import pytest
 
 from server.config import Config, parse_config
 from server.errors import StartError
+from server.expert.ranks import meeting
 from server.messages import ExpertDown
-from server.placement import expert_cpus, expert_gpus
+from server.placement import Placement, expert_cpus, expert_gpus
 from server.supervisor import Supervisor, _url, end, private_directory, spawn
 from tests.server import children
 
@@ -75,6 +77,23 @@ def test_a_child_that_hangs_is_ended(tmp_path):
     assert until((tmp_path / "ready").exists)
     end(child)
     assert child.process.exitcode == -signal.SIGKILL
+    child.pipe.close()
+
+
+def test_the_shared_memory_of_an_experts_ranks_goes_with_them(tmp_path):
+    """And nobody else's: another expert's, another generation's."""
+    places = [Placement(expert, generation, 0, 0, None, []) for expert, generation in ((0, 1), (0, 11), (1, 1))]
+    names = [meeting(tmp_path / f"polylogit-{os.getpid()}", place).name for place in places]
+    files = [Path("/dev/shm") / f"{name}-tp-[0-1]-cpushm_0" for name in names]
+    child = spawn("child", children.linger, str(tmp_path / "ready"))
+    try:
+        for file in files:
+            file.touch()
+        end(replace(child, meeting=names[0]))
+        assert [file.exists() for file in files] == [False, True, True]
+    finally:
+        for file in files:
+            file.unlink(missing_ok=True)
     child.pipe.close()
 
 
@@ -278,7 +297,7 @@ def test_an_expert_that_dies_again_waits_longer_each_time(monkeypatch):
 
     def delay() -> float:
         process = SimpleNamespace(kill=lambda: None, join=lambda: None)
-        child = SimpleNamespace(name="expert a", process=process, last_words=lambda: "gone", rank_port=0, output=None)
+        child = SimpleNamespace(name="expert a", process=process, last_words=lambda: "gone", meeting="", output=None)
         supervisor._experts[0] = [child]
         supervisor._bury_expert(0, child)
         return supervisor._restart_at.pop(0) - clock.now
