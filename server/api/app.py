@@ -19,7 +19,7 @@ from server.api.deployment import Deployment
 from server.api.faults import install_handlers
 from server.api.middleware import BodyLimited, KeyRequired, Observed, key_digests
 from server.api.models import model_card, model_list
-from server.api.openapi import STREAMED, body_of, describe, errors
+from server.api.openapi import ANYWHERE, POSTING, READING, STREAMED, body_of, describe, errors
 from server.api.playground import playground_routes
 from server.api.protocol import (
     ChatRequest,
@@ -87,7 +87,7 @@ def _keys(config: Config) -> list[str]:
 
 
 def _completion_routes(services: Services) -> APIRouter:
-    router = APIRouter(tags=["completions"], responses=errors(post=True))
+    router = APIRouter(tags=["completions"], responses=errors(*POSTING))
 
     @router.post("/v1/chat/completions", responses=STREAMED, openapi_extra=body_of(ChatRequest))
     async def create_chat_completion(request: Request) -> Response:
@@ -105,7 +105,7 @@ def _completion_routes(services: Services) -> APIRouter:
 
 
 def _model_routes(deployment: Deployment) -> APIRouter:
-    router = APIRouter(tags=["models"], responses=errors(post=False))
+    router = APIRouter(tags=["models"], responses=errors(*READING))
     created = int(time.time())
 
     @router.get("/v1/models")
@@ -120,7 +120,7 @@ def _model_routes(deployment: Deployment) -> APIRouter:
 
 
 def _token_routes(deployment: Deployment) -> APIRouter:
-    router = APIRouter(tags=["tokens"], responses=errors(post=True))
+    router = APIRouter(tags=["tokens"], responses=errors(*POSTING))
 
     @router.post("/tokenize", openapi_extra=body_of(TokenizeTextRequest, TokenizeChatRequest))
     async def create_tokens(request: Request) -> Response:
@@ -136,26 +136,26 @@ def _token_routes(deployment: Deployment) -> APIRouter:
 
 
 def _operation_routes(services: Services) -> APIRouter:
-    router = APIRouter(tags=["operation"])
+    router = APIRouter(tags=["operation"], responses=errors(*ANYWHERE))
     client = services.client
 
     @router.get("/health/live")
     async def live() -> Response:
         return _json({"status": "ok"})
 
-    @router.get("/health")
-    @router.get("/health/ready", responses={503: errors(post=True)[503]})
+    @router.get("/health", responses=errors(503))
+    @router.get("/health/ready", responses=errors(503))
     async def ready() -> Response:
         client.require_ready()
         return _json({"status": "ok", "experts": client.status.experts if client.status else {}})
 
-    @router.get("/metrics", response_class=PlainTextResponse, responses=errors(post=False))
+    @router.get("/metrics", response_class=PlainTextResponse, responses=errors(*READING))
     async def metrics() -> Response:
         stats = await client.stats(_STATS_SECONDS)
         text = render(services.metrics, stats, age=client.stats_age, ready=client.ready)
         return Response(text, media_type=_METRICS_TYPE)
 
-    @router.get("/version", responses=errors(post=False))
+    @router.get("/version", responses=errors(*READING))
     async def version() -> Response:
         return _json({"version": __version__})
 

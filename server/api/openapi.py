@@ -55,15 +55,15 @@ STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {}}, "description": "The answer; as server-sent events with `stream`."}
 }
 
-_READING = (401, 404)
-_POSTING = (400, 401, 404, 413, 415, 429, 500, 503)
+ANYWHERE = (400, 413, 415)  # what the server says of a request before it looks at what it is for
+READING = (*ANYWHERE, 401, 404)
+POSTING = (*READING, 429, 500, 503)
 
 
-def errors(*, post: bool) -> dict[int | str, dict[str, Any]]:
-    """The declared error responses of a route."""
-    return {
-        status: {"model": ErrorResponse, "description": _WHY[status]} for status in (_POSTING if post else _READING)
-    }
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Declared error responses: JSON, whatever a route else answers with."""
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{ErrorResponse.__name__}"}}}
+    return {status: {"content": content, "description": _WHY[status]} for status in sorted(statuses)}
 
 
 def body_of(*models: type[Body]) -> dict[str, Any]:
@@ -75,8 +75,9 @@ def body_of(*models: type[Body]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
-def describe(app: FastAPI, *models: type[Body]) -> None:
-    """Make `app.openapi` include the schemas of `models`."""
+def describe(app: FastAPI, *bodies: type[Body]) -> None:
+    """Make `app.openapi` include the schemas of `bodies` and of errors."""
+    models: tuple[type[BaseModel], ...] = (*bodies, ErrorResponse)
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:

@@ -117,8 +117,22 @@ async def test_documentation(api: Served) -> None:
     assert "422" not in str(schema)
     assert "ChatRequest" in schema["components"]["schemas"]
     assert "messages" in schema["components"]["schemas"]["ChatRequest"]["properties"]
+    assert "ErrorResponse" in schema["components"]["schemas"]
     assert (await api.http.get("/docs")).status_code == 200
     assert (await api.http.get("/version")).json()["version"]
+
+
+async def test_refusals_are_declared(api: Served) -> None:
+    """Also those that come before a route is asked; all as JSON."""
+    paths = (await api.http.get("/openapi.json")).json()["paths"]
+    assert "503" in paths["/health"]["get"]["responses"] and "503" in paths["/health/ready"]["get"]["responses"]
+    for path, methods in paths.items():
+        for method, operation in methods.items():
+            declared = {status: answer.get("content") for status, answer in operation["responses"].items()}
+            for body in ({"headers": {"content-encoding": "gzip"}}, {"content": b"x" * 4_000_001}):
+                answer = await api.http.request(method, path, **body)
+                assert answer.status_code in (413, 415) and str(answer.status_code) in declared, path
+            assert all(list(content) == ["application/json"] for status, content in declared.items() if status > "3")
 
 
 async def test_every_metric_is_described(api: Served) -> None:
