@@ -31,18 +31,7 @@ def run(config: Config, place: Placement, directory: Path, listener: socket.sock
     Raises whatever the engine raises while loading.
     """
     chosen = config.experts[place.expert]
-    if place.cpus:
-        os.sched_setaffinity(0, place.cpus)
-        # An engine that wakes must not push the coordinator off this core before it has woken the other engines too.
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    os.environ.update(environment(chosen, place))
-    os.environ["TMPDIR"] = str(directory)  # vLLM's files go when the directory goes, even if this process is killed
-    os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # its lines are to look like ours
-    logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR"))
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # What torch and vLLM warn of at import is not our user's to mend.
-    warnings.simplefilter("ignore")
-    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+    _settle(chosen, place, directory)
 
     import torch
 
@@ -93,6 +82,22 @@ def run(config: Config, place: Placement, directory: Path, listener: socket.sock
     finally:
         engine.close()
         conversation.close()
+
+
+def _settle(expert: ExpertConfig, place: Placement, directory: Path) -> None:
+    """On its cores or devices, with logging and warnings as ours are: before torch and vLLM are imported."""
+    if place.cpus:
+        os.sched_setaffinity(0, place.cpus)
+        # An engine that wakes must not push the coordinator off this core before it has woken the other engines too.
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    os.environ.update(environment(expert, place))
+    os.environ["TMPDIR"] = str(directory)  # vLLM's files go when the directory goes, even if this process is killed
+    os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # its lines are to look like ours
+    logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR"))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # What torch and vLLM warn of at import is not our user's to mend.
+    warnings.simplefilter("ignore")
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
 
 
 def _facts(info: Ready) -> dict[str, int | str]:
