@@ -11,14 +11,12 @@ from server.config import Config, ExpertConfig
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A worker process. `expert` is its index, `generation` counts its restarts. `rank` of `tensor_parallel_size`;
-    `port` on 127.0.0.1 is where the ranks meet (0 with one rank). `cpus`: the cores of this process, None for wherever;
-    `gpus`: indices of the expert's GPUs."""
+    """A worker process. `expert` is its index, `generation` counts its restarts. `rank` of `tensor_parallel_size`.
+    `cpus`: the cores of this process, None for wherever; `gpus`: indices of the expert's GPUs."""
 
     expert: int
     generation: int
     rank: int
-    port: int
     cpus: list[int] | None
     gpus: list[int]
 

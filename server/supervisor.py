@@ -266,7 +266,7 @@ def start_expert(
     children = []
     for rank in range(size):
         own = cores[rank::size] or cores if cores else None
-        place = Placement(expert, generation, rank, 0, own, expert_gpus(config)[expert])
+        place = Placement(expert, generation, rank, own, expert_gpus(config)[expert])
         name, door = expert_name(config, place), None if rank else listener
         child = spawn(name, run_expert, config, place, directory, door, capture=config.logging.format == "json")
         children.append(replace(child, meeting=meeting(directory, place).name if size > 1 else ""))

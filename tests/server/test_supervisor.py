@@ -82,7 +82,7 @@ def test_a_child_that_hangs_is_ended(tmp_path):
 
 def test_the_shared_memory_of_an_experts_ranks_goes_with_them(tmp_path):
     """And nobody else's: another expert's, another generation's."""
-    places = [Placement(expert, generation, 0, 0, None, []) for expert, generation in ((0, 1), (0, 11), (1, 1))]
+    places = [Placement(expert, generation, 0, None, []) for expert, generation in ((0, 1), (0, 11), (1, 1))]
     names = [meeting(tmp_path / f"polylogit-{os.getpid()}", place).name for place in places]
     files = [Path("/dev/shm") / f"{name}-tp-[0-1]-cpushm_0" for name in names]
     child = spawn("child", children.linger, str(tmp_path / "ready"))

@@ -29,7 +29,7 @@ sys.stdin.read()
 
 
 def place(rank: int = 0, cpus: list[int] | None = None, gpus: Sequence[int] = ()) -> Placement:
-    return Placement(expert=0, generation=0, rank=rank, port=0, cpus=cpus, gpus=list(gpus))
+    return Placement(expert=0, generation=0, rank=rank, cpus=cpus, gpus=list(gpus))
 
 
 def test_gpus_are_counted_in_the_order_of_their_bus() -> None:

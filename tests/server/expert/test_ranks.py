@@ -19,7 +19,7 @@ SAID = [
 
 
 def place(rank: int) -> Placement:
-    return Placement(expert=2, generation=3, rank=rank, port=0, cpus=None, gpus=[])
+    return Placement(expert=2, generation=3, rank=rank, cpus=None, gpus=[])
 
 
 def test_every_rank_hears_everything_in_order_and_only_the_first_answers(tmp_path):
