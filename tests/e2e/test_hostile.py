@@ -35,6 +35,14 @@ def unharmed(demo_server: Served) -> Iterator[None]:
     assert resident(demo_server) - memory < MEMORY
 
 
+@pytest.fixture(scope="module", autouse=True)
+def unfinished(demo_server: Served) -> Iterator[socket.socket]:
+    """Headers that are never finished, begun before all else."""
+    with socket.create_connection(("127.0.0.1", int(demo_server.url.rpartition(":")[2])), timeout=60) as connection:
+        connection.sendall(b"GET /health/live HTTP/1.1\r\nhost: x\r\na: ")
+        yield connection
+
+
 def resident(server: Served) -> int:
     """Bytes of memory in all processes of the server."""
     pages = [Path(f"/proc/{pid}/statm").read_text().split()[1] for pid in server.descendants()]
@@ -261,6 +269,21 @@ def is_empty(metrics: dict[str, float]) -> bool:
     ]
     in_flight = metrics["polylogit_http_requests_in_flight"]  # this very request
     return in_flight == 1 and all(metrics[gauge] == 0 for gauge in gauges)
+
+
+def test_2_headers_that_are_never_finished(unfinished: socket.socket) -> None:
+    assert unfinished.recv(1000) == b""
+
+
+def test_2_trailers_without_end(demo_server: Served) -> None:
+    start = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nx: "
+    with (
+        socket.create_connection(("127.0.0.1", int(demo_server.url.rpartition(":")[2])), timeout=60) as connection,
+        pytest.raises(ConnectionError),
+    ):
+        connection.sendall(start)
+        for _ in range(200):
+            connection.sendall(b"b" * 1_000_000)
 
 
 def test_an_error_in_a_stream_comes_before_its_end(demo_server: Served) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from playwright.sync_api import expect, sync_playwright
 
+from server import __version__
 from tests.browser import CHROMIUM, FLAGS, needs_chromium
 from tests.e2e import demo, gates
 from tests.e2e.serving import Served, serve, until
@@ -299,6 +300,45 @@ def test_refusals_are_openai_errors(server: Served) -> None:
     with pytest.raises(openai.BadRequestError) as long:
         ask(server, messages=[{"role": "user", "content": "x" * 1100}])
     assert long.value.body["code"] == "context_length_exceeded"
+
+
+def test_what_the_server_says_of_itself(server: Served) -> None:
+    assert server.http.get("/version").json() == {"version": __version__}
+    paths = server.http.get("/openapi.json").json()["paths"]
+    for path, methods in paths.items():
+        for operation in methods.values():
+            assert {"200", "400", "413"} <= set(operation["responses"]), path
+    page = server.http.get("/docs")
+    assert page.status_code == 200 and "/openapi.json" in page.text
+
+
+def test_errors_of_routes_are_objects(server: Served) -> None:
+    for method, path, status in (
+        ("GET", "/nothing", 404),
+        ("POST", "/v1/nothing", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("DELETE", "/v1/models", 405),
+        ("POST", "/health/live", 405),
+    ):
+        answer = server.http.request(method, path)
+        assert answer.status_code == status and set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        assert answer.headers["x-request-id"]
+
+
+def test_no_cross_origin_requests_unless_configured(server: Served) -> None:
+    headers = {"origin": "https://page.example", "access-control-request-method": "POST"}
+    for answer in (server.http.get("/version", headers=headers), server.http.options("/v1/models", headers=headers)):
+        assert not [name for name in answer.headers if name.startswith("access-control-")]
+
+
+def test_tokens_and_back(server: Served) -> None:
+    body = {"prompt": "Sum é<|end|>", "return_token_strs": True}
+    answer = server.http.post("/tokenize", json=body).json()
+    assert answer["tokens"] == [*"Sum é".encode(), demo.EOS]
+    assert (answer["count"], len(answer["token_strs"])) == (7, 7)
+    assert answer["token_strs"][:3] == ["S", "u", "m"] and answer["token_strs"][-1] == "<|end|>"
+    assert server.http.post("/tokenize", json={**body, "return_token_strs": False}).json()["token_strs"] is None
+    assert server.http.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": "Sum é<|end|>"}
 
 
 def test_health(server: Served) -> None:
