@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 class GateError(ValueError):
-    """Base: checkpoints, traces, graders and prompts that cannot be used as they are."""
+    """Base: checkpoints, records, graders and prompts that cannot be used as they are."""
 
 
 @contextlib.contextmanager

@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 from gate.errors import GateError
-from server import __version__, logs, training
+from server import __version__, logs
 from server.config import Logging
 from server.errors import PolylogitError
-from server.evaluation import Commands
+from server.tools.evaluate import Commands
+from server.training import cli as training
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -95,9 +96,9 @@ def _port(text: str) -> int:
 def _serve(options: argparse.Namespace) -> int:
     import msgspec
 
-    from server.check import check
     from server.config import load_config, with_gate
-    from server.supervisor import Supervisor
+    from server.launch.check import check
+    from server.launch.supervisor import Supervisor
 
     config = load_config(options.config)
     if options.gate is not None:
@@ -129,7 +130,7 @@ def _expert(options: argparse.Namespace) -> int:
     import msgspec
 
     from server.config import load_config
-    from server.remote.host import ExpertHost
+    from server.launch.expert_host import ExpertHost
 
     config = load_config(options.config)
     config = msgspec.structs.replace(config, logging=_logging(options, config.logging))
@@ -140,8 +141,8 @@ def _expert(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from server.check import check, check_port, check_remote
     from server.config import load_config
+    from server.launch.check import check, check_port, check_remote
 
     config = load_config(options.config)
     for line in check(config):
@@ -154,13 +155,13 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from server.bench import bench
+    from server.tools.bench import bench
 
     return bench(options)
 
 
 def _top(options: argparse.Namespace) -> int:
-    from server.top import top
+    from server.tools.top.cli import top
 
     return top(options)
 

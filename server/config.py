@@ -1,5 +1,5 @@
 """The deployment's configuration: one YAML file, read into frozen structs. Unknown keys are errors that name the
-nearest known key. Knows nothing of engines; `server.check` looks at the files that a configuration names.
+nearest known key. Knows nothing of engines; `server.launch.check` looks at the files that a configuration names.
 
 Relative paths are relative to the configuration file.
 """

@@ -53,8 +53,8 @@ class SequenceRequest:
     log-probabilities, else how many alternatives to return with each token. `given`: tokens that follow the prompts and
     are not drawn, but fused like drawn ones; they count in `max_tokens`. What is drawn after them is what would follow
     the same tokens as part of the prompts. `grammar`: what the generated text must match, in llguidance's own text
-    form; its end is marked by an end token of any expert of the deployment. `trace`: every expert runs, whether or not
-    the policy uses it, so `prompts` has one for each; what it shows comes back as `Trace` messages. `timed`: its
+    form; its end is marked by an end token of any expert of the deployment. `record`: every expert runs, whether or not
+    the policy uses it, so `prompts` has one for each; what it shows comes back as `Recorded` messages. `timed`: its
     first token comes with a `Timing`. `priority`: lower runs earlier, within +-MOST_PRIORITY; ties in order of arrival.
     """
 
@@ -70,6 +70,6 @@ class SequenceRequest:
     expert_weights: bool = False
     given: list[int] = field(default_factory=list)
     grammar: str | None = None
-    trace: bool = False
+    record: bool = False
     timed: bool = False
     priority: int = 0

@@ -10,7 +10,7 @@ prompts=deploy/demo/prompts/test.jsonl
 name=polylogit-demo
 "$bin/polylogit" evaluate deploy/demo/polylogit.yaml --prompts $prompts --max-tokens 24 --output "$work/accuracy.json" \
     --models $name:{math,text,chat,uniform,uniform-prob,product,confidence,entropy,perplexity,gate}
-"$bin/python" -m gate.routing --models $name:{math,text,chat} --results "$work/accuracy.json" --prompts $prompts \
+"$bin/python" -m gate.baselines.routing --models $name:{math,text,chat} --results "$work/accuracy.json" --prompts $prompts \
     --output "$work/oracle.json"
 "$bin/polylogit" report "$work"/{accuracy,oracle}.json --compare $name:gate
 mv "$work/accuracy.json" deploy/demo/report/accuracy.json

@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 
 from deploy.demo import tables
-from server.evaluation import about
+from server.tools.evaluate import about
 
 DEMO = Path("deploy/demo")
 EXPERTS = ("math", "text", "chat")
@@ -108,7 +108,7 @@ class Experiment:
         self.polylogit(
             "record", self.config("demo"), "--prompts", self.prompts / "train.jsonl", "--grader", "exact", "--answers",
             "--policies", ",".join((*EXPERTS, "uniform", "uniform-prob", "product")),
-            "--max-tokens", ANSWER_TOKENS, "--seed", self.seed, "--output", self.work / "traces",
+            "--max-tokens", ANSWER_TOKENS, "--seed", self.seed, "--output", self.work / "records",
         )  # fmt: skip
 
     def train(self, name: str) -> None:
@@ -127,17 +127,17 @@ class Experiment:
         self._train(self.gate(_few(count)), [*FAMILIES["gate, both"], "--responses", count])
 
     def _train(self, output: Path, settings: list[object]) -> None:
-        traces = ["--traces", self.work / "traces"]
-        self.polylogit("train", self.config("demo"), *traces, "--output", output, "--seed", self.seed, *settings)
+        records = ["--records", self.work / "records"]
+        self.polylogit("train", self.config("demo"), *records, "--output", output, "--seed", self.seed, *settings)
 
     def remove_inputs(self) -> None:
         for removed in ("topk", "hidden", "state"):
             output = self.gate(_without(removed))
-            self.module("gate.ablate", "--gate", self.gate(FULL), "--remove", removed, "--output", output)
+            self.module("gate.baselines.ablate", "--gate", self.gate(FULL), "--remove", removed, "--output", output)
 
     def merge(self) -> None:
         self.module(
-            "gate.merge", "--base", self.base, "--experts", *(self.experts / name for name in EXPERTS),
+            "gate.baselines.merge", "--base", self.base, "--experts", *(self.experts / name for name in EXPERTS),
             "--methods", *MERGING,
             "--tune", self.prompts / "validation.jsonl", "--limit", 200, "--seed", self.seed,
             "--output", self.work / "merged",
@@ -150,7 +150,7 @@ class Experiment:
     def fusionroute(self) -> None:
         router = self.work / "router"
         self.module(
-            "gate.fusionroute", "--experts", *(f"{name}={self.experts / name}" for name in EXPERTS),
+            "gate.baselines.fusionroute", "--experts", *(f"{name}={self.experts / name}" for name in EXPERTS),
             "--start", self.experts / START, "--prompts", self.prompts / "train.jsonl",
             "--validation", self.prompts / "validation.jsonl", "--preferences", self.results / "train-experts.json",
             "--seed", self.seed, "--output", router,
@@ -174,7 +174,7 @@ class Experiment:
 
     def route(self) -> None:
         self.module(
-            "gate.routing", "--models", *EXPERTS, "--results", self.results / "policies.json",
+            "gate.baselines.routing", "--models", *EXPERTS, "--results", self.results / "policies.json",
             "--prompts", self.prompts / "test.jsonl", "--train-results", self.results / "train-experts.json",
             "--train-prompts", self.prompts / "train.jsonl", "--output", self.results / "routing.json",
         )  # fmt: skip

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from gate import report
-from gate.evaluate import Results, save_results
+from gate.evaluation import report
+from gate.evaluation.evaluate import Results, save_results
 
 
 def write(

@@ -10,16 +10,17 @@ from fastapi import APIRouter, FastAPI, Request
 from starlette.responses import PlainTextResponse, Response
 
 from server import __version__
-from server.api.body import read, read_json, validated
-from server.api.chat import chat_job
 from server.api.client import EngineClient
-from server.api.completions import completion_job
-from server.api.cors import Cors
-from server.api.deployment import Deployment
-from server.api.faults import install_handlers
-from server.api.middleware import BodyLimited, KeyRequired, Observed, key_digests
+from server.api.completions.chat import chat_job
+from server.api.completions.shapes import encode
+from server.api.completions.text import completion_job
+from server.api.http.body import read, read_json, validated
+from server.api.http.cors import Cors
+from server.api.http.faults import install_handlers
+from server.api.http.middleware import BodyLimited, KeyRequired, Observed, key_digests
+from server.api.http.openapi import ANYWHERE, POSTING, READING, STREAMED, body_of, describe, errors
+from server.api.http.quotas import KeyLimited
 from server.api.models import model_card, model_list
-from server.api.openapi import ANYWHERE, POSTING, READING, STREAMED, body_of, describe, errors
 from server.api.playground import playground_routes
 from server.api.protocol import (
     ChatRequest,
@@ -28,14 +29,13 @@ from server.api.protocol import (
     TokenizeChatRequest,
     TokenizeTextRequest,
 )
-from server.api.quotas import KeyLimited
 from server.api.services import Services
-from server.api.shapes import encode
 from server.api.tokens import detokenize, tokenize
 from server.api.tracing import Tracing
 from server.config import Config
 from server.errors import ConfigError
-from server.metrics import ApiMetrics, render
+from server.metrics.api import ApiMetrics, render
+from server.text.deployment import Deployment
 
 _STATS_SECONDS = 0.5
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"

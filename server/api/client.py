@@ -12,21 +12,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from server.errors import BadRequest, GenerationFailed, Overloaded, RequestError
-from server.messages import (
-    Abort,
-    Choice,
-    Ended,
-    FromApi,
-    GetStats,
-    Progress,
-    Stats,
-    Status,
-    Stop,
-    Submit,
-    Timing,
-    ToApi,
-)
 from server.request import FinishReason, SequenceRequest
+from server.wire.api import Abort, Choice, Ended, FromApi, GetStats, Progress, Status, Submit, Timing, ToApi
+from server.wire.base import Stop
+from server.wire.stats import Stats
 
 # Events that may wait for a request whose client reads slowly.
 _MOST_WAITING = 16_384
@@ -45,7 +34,7 @@ Event = tuple[int, int | Cached | Ended, Choice | None]
 
 
 class Link(Protocol):
-    """The channel to the coordinator (`server.transport.AsyncChannel`)."""
+    """The channel to the coordinator (`server.wire.channel.AsyncChannel`)."""
 
     async def send(self, message: FromApi) -> None: ...
 

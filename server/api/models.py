@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from server.api.deployment import Deployment
+from server.text.deployment import Deployment
 
 _OWNER = "polylogit"
 

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from server.api.shapes import encode
+from server.api.completions.shapes import encode
 from server.config import Config
 
 _FOLDER = Path(__file__).parent / "static"

@@ -15,11 +15,11 @@ import uvloop
 
 from server.api.app import create_app
 from server.api.client import EngineClient
-from server.api.http import http_server
+from server.api.http.server import http_server
 from server.api.tracing import Tracing, close, tracer_provider
 from server.config import Config
-from server.messages import FromApi, ToApi
-from server.transport import AsyncChannel
+from server.wire.api import FromApi, ToApi
+from server.wire.channel import AsyncChannel
 
 # A body of a million small lists must not be walked again for every 700 of them.
 _COLLECT = (50_000, 20, 20)

@@ -8,66 +8,13 @@ where they are used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-    model_validator,
-)
+from pydantic import ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
-from server.api.fields import (
-    INT64_MAX,
-    INT64_MIN,
-    MOST_MESSAGES,
-    Content,
-    FunctionName,
-    LogitBias,
-    Parameters,
-    Prompts,
-    Role,
-    Stops,
-    TemplateArguments,
-    TokenId,
-    ToolCalls,
-    by_expert,
-    check_arguments,
-)
+from server.api.fields import INT64_MAX, INT64_MIN, LogitBias, Prompts, Stops, TokenId, by_expert
 from server.request import MOST_PRIORITY
-
-
-class Body(BaseModel):
-    """Base of all requests, and of the objects in them."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, data: Any) -> Any:
-        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
-
-
-class Message(Body):
-    role: Role
-    content: Content = None
-    name: str | None = None
-    tool_calls: ToolCalls = None
-    tool_call_id: str | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
-    function_call: None = None
-    audio: None = None
-
-    @model_validator(mode="after")
-    def _has_content(self) -> Self:
-        if self.content is None and self.role != "assistant":
-            raise ValueError(f"a {self.role} message needs content")
-        return self
+from server.text.conversation import Body, Conversation, Function, FunctionName
 
 
 class StreamOptions(Body):
@@ -76,7 +23,7 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] = False
 
 
-class Fusion(Body):
+class FusionOptions(Body):
     """Our own: how this request is fused. `policy` is the name of an offered one; `coefficients` makes one,
     in `space`; `temperature` divides the logits of single experts before fusion."""
 
@@ -132,21 +79,6 @@ class ResponseFormat(Body):
         return None if self.json_schema is None else self.json_schema.definition
 
 
-class Function(Body):
-    """A call's arguments match `parameters`. Where the model decides whether to call, parameters that no grammar can
-    describe stand for any object, unless `strict`."""
-
-    name: FunctionName
-    description: str | None = None
-    parameters: Parameters | None = None
-    strict: bool | None = None
-
-
-class Tool(Body):
-    type: Literal["function"]
-    function: Function
-
-
 class NamedFunction(Body):
     name: FunctionName
 
@@ -179,7 +111,7 @@ class GenerationRequest(Body):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, gt=0, le=10)
-    logit_bias: LogitBias = {}
+    logit_bias: LogitBias = Field({})
     stop: Stops = ()
     stop_token_ids: list[TokenId] = Field([], max_length=128, fail_fast=True)
     include_stop_str_in_output: bool = False
@@ -190,7 +122,7 @@ class GenerationRequest(Body):
     prompt_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat = ResponseFormat(type="text")
     priority: int = Field(0, ge=-MOST_PRIORITY, le=MOST_PRIORITY)
-    fusion: Fusion | None = None
+    fusion: FusionOptions | None = None
     expert_weights: bool = False
 
     @model_validator(mode="after")
@@ -220,34 +152,6 @@ class GenerationRequest(Body):
     def most_tokens(self) -> int | None:
         """The client's limit of generated tokens; None for what the context leaves."""
         raise NotImplementedError
-
-
-class Conversation(Body):
-    """What the chat template is given."""
-
-    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
-    tools: list[Tool] = Field([], max_length=128, fail_fast=True)
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool = False
-    add_special_tokens: bool = False
-    chat_template_kwargs: TemplateArguments = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _arguments_are_bounded(cls, data: Any) -> Any:
-        if isinstance(data, Mapping):
-            check_arguments(data.get("messages"))
-        return data
-
-    @model_validator(mode="after")
-    def _is_whole(self) -> Self:
-        if "tools" in self.model_fields_set and not self.tools:
-            raise ValueError("tools must not be empty")
-        if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
-        if self.continue_final_message and self.messages[-1].role != "assistant":
-            raise ValueError("continue_final_message needs a final message of the assistant")
-        return self
 
 
 class ChatRequest(GenerationRequest, Conversation):

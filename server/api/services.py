@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from server.api.answers import Answer, PromptScores
 from server.api.client import EngineClient
-from server.api.deployment import Deployment, Ensemble
+from server.api.completions.answers import Answer, PromptScores
+from server.api.completions.reply import Job, Reply
+from server.api.completions.sequences import Prompt, SequenceFactory
+from server.api.completions.shapes import Shape
 from server.api.protocol import GenerationRequest
-from server.api.reply import Job, Reply
-from server.api.sequences import Prompt, SequenceFactory
-from server.api.shapes import Shape
 from server.errors import BadRequest
-from server.metrics import ApiMetrics
+from server.metrics.api import ApiMetrics
+from server.text.deployment import Deployment, Ensemble
 
 _MOST_SEQUENCES = 1024
 """Of one request."""

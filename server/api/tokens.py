@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from server.api.deployment import Deployment, Ensemble
-from server.api.prompts import chat_prompts, text_prompts
 from server.api.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeTextRequest
 from server.errors import BadRequest
+from server.text.deployment import Deployment, Ensemble
+from server.text.prompts import chat_prompts, text_prompts
 
 TokenizeRequest = TokenizeChatRequest | TokenizeTextRequest
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from starlette.types import Scope
 
 from server import __version__
-from server.api.account import Account
 from server.api.client import Generation
+from server.api.http.account import Account
 from server.api.protocol import GenerationRequest
 from server.config import Config
 from server.errors import StartError

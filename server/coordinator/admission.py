@@ -123,7 +123,7 @@ class Admission:
 
     def _participants(self, request: SequenceRequest) -> list[int]:
         """Indexes of the experts that `request` runs in."""
-        return list(range(len(self._links))) if request.trace else participants(request.policy, self._names)
+        return list(range(len(self._links))) if request.record else participants(request.policy, self._names)
 
     def _expected(self, request: SequenceRequest) -> Bool:
         """bool[E]: the experts that `request` will use. Where lost experts are done without, those that are up; a

@@ -24,9 +24,10 @@ from server.coordinator.sampling import choose, penalise, uniforms
 from server.coordinator.stats import Counters
 from server.coordinator.table import ExpertRows, SequenceTable
 from server.coordinator.timings import Timings
-from server.messages import Add, Choice, Ended, Progress, Refused, Report, Scored, ToApi, Trace
 from server.policy import essential
 from server.request import FinishReason, SequenceRequest
+from server.wire.api import Choice, Ended, Progress, Recorded, ToApi
+from server.wire.expert import Add, Refused, Report, Scored
 
 _GOES_ON, _STOPPED, _TOO_LONG, _BROKEN = range(4)
 _WORST = np.float32(1e30)
@@ -80,8 +81,8 @@ class Coordinator:
         self._counters.clock.lap("align")
         fused = self._fuse(slots)
         drawn = None if fused is None else self._draw(fused)
-        if drawn is not None and self._table.traced[drawn.fused.slots].any():
-            self.outbox.append(self._trace(drawn))
+        if drawn is not None and self._table.recorded[drawn.fused.slots].any():
+            self.outbox.append(self._record_rows(drawn))
         ended = self._advance(drawn) if drawn is not None else []
         self._admission.admit()
         if self._timings:
@@ -173,11 +174,11 @@ class Coordinator:
         self._counters.clock.lap("sample")
         return Drawn(fused, columns, tokens, sequences, detailed, cached)
 
-    def _trace(self, drawn: Drawn) -> Trace:
+    def _record_rows(self, drawn: Drawn) -> Recorded:
         """What the experts showed for the sequences that asked; those that get no token are left out."""
         fused, table = drawn.fused, self._table
-        rows = np.flatnonzero(table.traced[fused.slots] & ~fused.lost)
-        return Trace(
+        rows = np.flatnonzero(table.recorded[fused.slots] & ~fused.lost)
+        return Recorded(
             drawn.sequences[rows].tolist(),
             fused.sources.ids[rows].tobytes(),
             fused.sources.logprobs[rows].tobytes(),

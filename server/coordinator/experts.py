@@ -15,23 +15,11 @@ from typing import TypeVar
 import numpy as np
 
 from server.coordinator.fusion import Float32, Int32
-from server.messages import (
-    Add,
-    Bare,
-    BareDone,
-    FromExpert,
-    Gather,
-    Gathered,
-    Load,
-    Ready,
-    Report,
-    Stop,
-    Tick,
-    ToExpert,
-)
 from server.placement import expert_socket
 from server.remote.dialer import Dialer
-from server.transport import Channel, Connection, Selector, endpoint
+from server.wire.base import Stop
+from server.wire.channel import Channel, Connection, Selector, endpoint
+from server.wire.expert import Add, Bare, BareDone, FromExpert, Gather, Gathered, Load, Ready, Report, Tick, ToExpert
 
 Answer = TypeVar("Answer", Gathered, BareDone)
 

@@ -118,7 +118,7 @@ class Fuser:
         return _Kept(slots, ids, logprobs, available, found)
 
     def _mask_unusable(self, table: SequenceTable, kept: _Kept) -> None:
-        """Count the rows that are not available though they were given, and have neither the gate nor a trace show what
+        """Count the rows that are not available though they were given, and have neither the gate nor a record show what
         such an expert projected."""
         if kept.available.all():
             return

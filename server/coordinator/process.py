@@ -18,34 +18,22 @@ from server.coordinator.table import SequenceTable
 from server.coordinator.warmup import warm_up
 from server.errors import StartError, UnreachableError
 from server.logs import fields
-from server.messages import (
-    Abort,
-    BareTimes,
+from server.remote.dialer import dialers
+from server.wire.api import Abort, BareTimes, FromApi, GateLoaded, GetStats, LoadGate, RunBare, Status, Submit, ToApi
+from server.wire.base import Stop
+from server.wire.channel import Channel, Selector, endpoint
+from server.wire.expert import FromExpert, Ready, Refused, Scored
+from server.wire.supervisor import (
     CoordinatorReady,
     Drain,
     Drained,
     ExpertDown,
     ExpertUp,
-    FromApi,
-    FromExpert,
     FromSupervisor,
-    GateLoaded,
-    GetStats,
-    LoadGate,
-    Ready,
-    Refused,
     RemoteNote,
     RestartExpert,
-    RunBare,
-    Scored,
-    Status,
-    Stop,
-    Submit,
-    ToApi,
     ToSupervisor,
 )
-from server.remote.dialer import dialers
-from server.transport import Channel, Selector, endpoint
 
 API_SOCKET = "api"
 CONTROL_SOCKET = "control"

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from server.coordinator.coordinator import Coordinator
 from server.coordinator.experts import ExpertLink
 from server.coordinator.stats import Counters
-from server.messages import ExpertStats, Load, Stats
+from server.wire.expert import Load
+from server.wire.stats import ExpertStats, Stats
 
 
 def snapshot(counters: Counters, coordinator: Coordinator, links: Sequence[ExpertLink]) -> Stats:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from server.coordinator.tally import TokenTally
-from server.messages import Histogram
+from server.wire.stats import Histogram
 
 SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.024, 4.096)
 QUEUE_SECONDS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)

@@ -68,7 +68,7 @@ class SequenceTable:
         self.min_p = np.zeros(slots, np.float32)
         self.detailed = np.zeros(slots, bool)
         self.top_logprobs = np.zeros(slots, np.int32)
-        self.traced = np.zeros(slots, bool)
+        self.recorded = np.zeros(slots, bool)
         self.expected = np.zeros((slots, experts), bool)
         self.placed = np.zeros((slots, experts), bool)
         self.reported = np.zeros((slots, experts), bool)
@@ -112,7 +112,7 @@ class SequenceTable:
         self.needs_scores[slot] = scores
         self.detailed[slot] = request.top_logprobs is not None or request.expert_weights
         self.top_logprobs[slot] = request.top_logprobs or 0
-        self.traced[slot] = request.trace
+        self.recorded[slot] = request.record
         sampling = request.sampling
         self.seeds[slot] = sampling.seed
         self.temperature[slot], self.top_p[slot] = sampling.temperature, sampling.top_p

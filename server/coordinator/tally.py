@@ -12,7 +12,7 @@ import numpy as np
 from server.coordinator.certificate import VERDICTS, certify
 from server.coordinator.compiled import compiled
 from server.coordinator.fusion import Bool, Float32, Float64, Int32, Int64, Table
-from server.messages import Fusion, Histogram
+from server.wire.stats import FusionStats, Histogram
 
 SHARES = tuple(round(0.05 * step, 2) for step in range(1, 21))
 NATS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
@@ -83,8 +83,8 @@ class TokenTally:
         """Tokens for which its share was larger than any other's."""
         return int(self._decisive[expert])
 
-    def snapshot(self) -> Fusion:
-        return Fusion(
+    def snapshot(self) -> FusionStats:
+        return FusionStats(
             tokens=int(self._totals[_TOKENS]),
             disagreements=int(self._totals[_DISAGREEMENTS]),
             certificates=dict(zip(VERDICTS, self._totals[_VERDICTS:].tolist(), strict=True)),

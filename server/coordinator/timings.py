@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Container, Iterable
 
-from server.messages import Timing
 from server.request import SequenceRequest
+from server.wire.api import Timing
 
 
 class Timings:

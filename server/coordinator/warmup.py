@@ -12,9 +12,9 @@ from server.coordinator.experts import ExpertLink, LinkState
 from server.coordinator.fuser import Fuser
 from server.coordinator.stats import Counters
 from server.coordinator.table import SequenceTable
-from server.messages import Load, Ready, Report
 from server.policy import Policy, Select, Uniform
 from server.request import SamplingParams, SequenceRequest
+from server.wire.expert import Load, Ready, Report
 
 _VOCABULARY, _TOP_K = 16, 4
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from server.messages import Add, Load, Ready
+from server.wire.expert import Add, Load, Ready
 
 Int32 = npt.NDArray[np.int32]
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from server import logs
 from server.config import Config, ExpertConfig
-from server.messages import Ready
 from server.placement import Placement
 from server.remote.agreement import Terms, end_tokens, facts
-from server.remote.door import Door
 from server.remote.handshake import load_key
+from server.remote.listener import Door
+from server.wire.expert import Ready
 
 if TYPE_CHECKING:
     from gate.checkpoint import Gate

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Protocol
 
 from server.errors import EngineError
-from server.messages import FromExpert, Stop, ToExpert
 from server.placement import Placement, expert_socket
-from server.transport import Channel, endpoint
+from server.wire.base import Stop
+from server.wire.channel import Channel, endpoint
+from server.wire.expert import FromExpert, ToExpert
 
 _MEET_SECONDS = 120.0
 

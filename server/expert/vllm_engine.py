@@ -33,7 +33,7 @@ from server.errors import EngineError
 from server.expert.engine import Exchange, Int32, Rows
 from server.expert.grammar import Grammar, GrammarBackend
 from server.expert.rendezvous import SLOT, Rendezvous, V1Rendezvous, V2Rendezvous
-from server.messages import Add, Load, Ready
+from server.wire.expert import Add, Load, Ready
 
 _EMPTY = np.zeros(0, np.int32)
 _MOST_WORDS = 200

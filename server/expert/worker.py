@@ -16,9 +16,10 @@ import numpy.typing as npt
 import torch
 
 from server.expert.engine import Engine, Int32, Rows
+from server.expert.logprobs import Statistics, statistics
 from server.expert.ranks import Conversation
-from server.expert.statistics import Statistics, statistics
-from server.messages import Add, Bare, BareDone, Gather, Gathered, Refused, Report, Scored, Stop, Tick
+from server.wire.base import Stop
+from server.wire.expert import Add, Bare, BareDone, Gather, Gathered, Refused, Report, Scored, Tick
 
 
 class Projector(Protocol):

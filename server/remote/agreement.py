@@ -17,8 +17,8 @@ from gate.contract import read_contract, sha256_file
 from server import VLLM_VERSION, __version__
 from server.config import Config
 from server.errors import StartError
-from server.messages import FromExpert, ToExpert
-from server.model_files import read_model_files, weight_files
+from server.text.model_files import read_model_files, weight_files
+from server.wire.expert import FromExpert, ToExpert
 
 _OPTIONAL = ("weights", "gate")
 """Facts that a coordinator may leave out."""

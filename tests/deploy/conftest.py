@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from server.config import parse_config
-from server.metrics import ApiMetrics, render
-from tests.server.api.fake import stats
+from server.metrics.api import ApiMetrics, render
+from tests.support.api.fake import stats
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ import msgspec
 import pytest
 import yaml
 
-from server import supervisor
-from server.check import check
 from server.config import Config, load_config
 from server.errors import StartError
+from server.launch import supervisor
+from server.launch.check import check
 from server.remote.handshake import KEY_VARIABLE
-from tests.deploy.compose import DEPLOY, ROOT, here, load, mounts, seconds
+from tests.support.compose import DEPLOY, ROOT, here, load, mounts, seconds
 
 SCHEMA = json.loads((Path(__file__).parent / "schema" / "compose-spec.json").read_text(encoding="utf-8"))
 FILES = sorted(file.name for file in DEPLOY.glob("compose*.yaml"))
@@ -211,7 +211,7 @@ def test_keys_come_from_files(file: str, name: str, configured: str) -> None:
 def test_the_other_host_needs_no_api_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The configuration is the same on both; only where the API is are its keys."""
     monkeypatch.setenv(KEY_VARIABLE, "k" * 32)
-    monkeypatch.setattr("server.check.gpu_count", lambda: None)
+    monkeypatch.setattr("server.launch.check.gpu_count", lambda: None)
     text = (DEPLOY / "two-hosts.yaml").read_text(encoding="utf-8").replace("# api_keys_file:", "api_keys_file:")
     (tmp_path / "two-hosts.yaml").write_text(text, encoding="utf-8")
     given = load_config(tmp_path / "two-hosts.yaml")
@@ -235,7 +235,7 @@ def with_models_of_the_demo(given: Config) -> Config:
 def test_two_hosts_pass_the_check(host: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of either host, with the demo's models in place of the user's."""
     monkeypatch.setenv(KEY_VARIABLE, "k" * 32)
-    monkeypatch.setattr("server.check.gpu_count", lambda: {None: 1, "10.0.0.2": 2}[host])
+    monkeypatch.setattr("server.launch.check.gpu_count", lambda: {None: 1, "10.0.0.2": 2}[host])
     lines = check(with_models_of_the_demo(configuration(SERVICES["api"])), host)
     assert "devices: no conflicts" in lines
     assert "cluster key: given" in lines

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
-from tests import promtool
+from tests.support import promtool
+from tests.support.paths import ROOT
 
-GRAFANA = Path(__file__).parents[2] / "deploy" / "grafana"
+GRAFANA = ROOT / "deploy" / "grafana"
 FILES = sorted((GRAFANA / "dashboards").glob("*.json"))
 TYPES = {"timeseries", "heatmap", "stat", "bargauge"}
 UNITS = {"none", "short", "percentunit", "s", "reqps", "cps", "ops", "bytes"}

@@ -7,7 +7,7 @@ import stat
 import subprocess
 from pathlib import Path
 
-from tests.deploy.compose import DEPLOY
+from tests.support.compose import DEPLOY
 
 GUIDE = (DEPLOY / "README.md").read_text(encoding="utf-8")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import yaml
 
-from tests import promtool
+from tests.support import promtool
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "deploy" / "prometheus"
 RULES = sorted((PROMETHEUS / "rules").glob("*.yml"))
 CASES = Path(__file__).with_name("alerts.yml")

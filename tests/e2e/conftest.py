@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from server.config import parse_config
-from server.local import LocalDeployment
-from tests.deploy import compose
-from tests.e2e import demo, gates
-from tests.e2e.serving import Served, serve
-from tests.oracle.reference import Reference
+from server.launch.local import LocalDeployment
+from tests.support import compose, demo, gates
+from tests.support.oracle.reference import Reference
+from tests.support.serving import Served, serve
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 
 from server.coordinator.sampling import uniforms
-from server.local import Generated, LocalDeployment
-from server.messages import Stats
+from server.launch.local import Generated, LocalDeployment
 from server.policy import Gate, Perplexity, Policy, Product, Single, Uniform, Weights
 from server.request import FinishReason, SequenceRequest
-from tests.e2e import demo, traffic
-from tests.e2e.requests import again, greedy, sampled
-from tests.oracle.compare import TIE, first_difference
+from server.wire.stats import Stats
+from tests.support import demo, traffic
+from tests.support.oracle.compare import TIE, first_difference
+from tests.support.sequences import again, greedy, sampled
 
 REQUESTS = 200
 SECONDS = 8.0

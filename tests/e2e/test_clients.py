@@ -17,10 +17,10 @@ import pytest
 from agents import Agent, ModelSettings, OpenAIChatCompletionsModel, RunConfig, Runner, function_tool
 from pydantic import Field
 
-from gate.evaluate import answers, read_questions
-from gate.graders import load_grader
-from tests.e2e import demo
-from tests.e2e.serving import KEY, Served
+from gate.evaluation.evaluate import answers, read_questions
+from gate.evaluation.graders import load_grader
+from tests.support import demo
+from tests.support.serving import KEY, Served
 
 ROOT = demo.DEMO.parents[1]
 HARNESS = demo.DEMO / "harness"

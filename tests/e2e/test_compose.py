@@ -15,8 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.deploy import compose
-from tests.e2e.serving import Served, until
+from tests.support import compose
+from tests.support.serving import Served, until
 
 HEALTHCHECK = compose.ROOT / "docker" / "healthcheck.py"
 

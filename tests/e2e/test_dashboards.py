@@ -15,11 +15,12 @@ import openai
 import pytest
 
 from deploy.grafana.render import Prometheus, View, render, repeated
-from tests.e2e import demo
-from tests.e2e.prometheus import scraping
-from tests.e2e.serving import Served, until
+from tests.support import demo
+from tests.support.paths import ROOT
+from tests.support.prometheus import scraping
+from tests.support.serving import Served, until
 
-DASHBOARDS = sorted((Path(__file__).parents[2] / "deploy" / "grafana" / "dashboards").glob("*.json"))
+DASHBOARDS = sorted((ROOT / "deploy" / "grafana" / "dashboards").glob("*.json"))
 CLIENTS = 4
 SECONDS = 8.0
 

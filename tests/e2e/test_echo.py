@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from server.local import Generated, LocalDeployment
+from server.launch.local import Generated, LocalDeployment
 from server.policy import Gate, Policy, Single, Uniform, participants
 from server.request import FinishReason, SequenceRequest
-from tests.e2e import demo, gates
-from tests.e2e.requests import greedy
-from tests.oracle import rules
-from tests.oracle.reference import Decision, Reference, Rule, Views
+from tests.support import demo, gates
+from tests.support.oracle import rules
+from tests.support.oracle.reference import Decision, Reference, Rule, Views
+from tests.support.sequences import greedy
 
 PROMPTS = 12
 TOLERANCE = 2e-3  # nats

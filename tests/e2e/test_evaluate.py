@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from gate.evaluate import load_results
+from gate.evaluation.evaluate import load_results
 from server.cli import main
 from server.errors import StartError
-from server.serving import served
-from tests.e2e import demo
+from server.launch.served import served
+from tests.support import demo
 
 MODELS = ["polylogit-demo:math=math", "polylogit-demo:gate=gate"]
 

@@ -13,8 +13,8 @@ from typing import Any
 import openai
 import pytest
 
-from tests.e2e import demo
-from tests.e2e.serving import Served, serve, until
+from tests.support import demo
+from tests.support.serving import Served, serve, until
 
 EXPERTS = ["math", "text"]
 LOST = "text"  # the one that is started last, so that its process is the youngest, restarted or not
@@ -84,7 +84,7 @@ def strike(server: Served, what: signal.Signals, chance: random.Random) -> tuple
 
 def back(server: Served, restarts: int) -> bool:
     """Whether the lost expert was restarted and the server is ready again."""
-    metrics = server.metrics()
+    metrics = server.metrics.api()
     label = f"{{expert={LOST}}}"
     return (
         metrics[f"polylogit_expert_restarts_total{label}"] == restarts
@@ -95,7 +95,7 @@ def back(server: Served, restarts: int) -> bool:
 
 def wait_back(server: Served, restarts: int) -> None:
     until(lambda: back(server, restarts), limit=RESTART_SECONDS, what=f"{LOST} is up again, restarts {restarts}")
-    assert server.metrics()[f"polylogit_expert_restarts_total{{expert={EXPERTS[0]}}}"] == 0
+    assert server.metrics.api()[f"polylogit_expert_restarts_total{{expert={EXPERTS[0]}}}"] == 0
 
 
 class Crowd:

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.local import Generated, LocalDeployment
+from server.launch.local import Generated, LocalDeployment
 from server.policy import Gate
-from tests.e2e import demo, gates
-from tests.e2e.requests import greedy
-from tests.oracle import rules
-from tests.oracle.compare import first_difference
-from tests.oracle.reference import Decision, Reference, Trace, Views
+from tests.support import demo, gates
+from tests.support.oracle import rules
+from tests.support.oracle.compare import first_difference
+from tests.support.oracle.reference import Decision, Decoded, Reference, Views
+from tests.support.sequences import greedy
 
 PROMPTS = 30
 TOKENS = 32
@@ -40,26 +40,26 @@ def served(whole: LocalDeployment, prompts: list[list[list[int]]]) -> list[Gener
     return [results[request.id] for request in requests]
 
 
-def differences(served: list[Generated], trace: Trace) -> torch.Tensor:
+def differences(served: list[Generated], decoded: Decoded) -> torch.Tensor:
     """|served - expected| coefficients float64[N, E] of all positions at which both have read the same tokens."""
     rows = []
     for row, result in enumerate(served):
-        at = first_difference(result.tokens, trace.tokens[row].tolist())
+        at = first_difference(result.tokens, decoded.tokens[row].tolist())
         same = len(result.tokens) if at is None else at + 1
         found = torch.tensor([choice.coefficients for choice in result.choices[:same]], dtype=torch.float64)
-        rows.append((found - trace.coefficients[row, :same]).abs())
+        rows.append((found - decoded.coefficients[row, :same]).abs())
     return torch.cat(rows)
 
 
 def test_coefficients_equal_the_file_on_transformers_hidden_states(
     served: list[Generated], whole_gate: Path, reference: Reference, prompts: list[list[list[int]]]
 ) -> None:
-    trace = reference.decode(prompts, rules.GateRule(whole_gate, gates.STATE), TOKENS)
-    off = differences(served, trace)
-    print(f"\n{len(off)} positions: largest difference {off.max():.2g}, spread {trace.coefficients.std(dim=(0, 1))}")
+    decoded = reference.decode(prompts, rules.GateRule(whole_gate, gates.STATE), TOKENS)
+    off = differences(served, decoded)
+    print(f"\n{len(off)} positions: largest difference {off.max():.2g}, spread {decoded.coefficients.std(dim=(0, 1))}")
     assert len(off) > 0.9 * PROMPTS * TOKENS
     assert off.max() < TOLERANCE
-    assert trace.coefficients.std(dim=(0, 1)).max() > 0.05  # a constant would show nothing
+    assert decoded.coefficients.std(dim=(0, 1)).max() > 0.05  # a constant would show nothing
 
 
 def test_coefficients_depend_on_the_recurrent_state(
@@ -67,8 +67,8 @@ def test_coefficients_depend_on_the_recurrent_state(
 ) -> None:
     """A server that lost the state between tokens would give these coefficients instead; so the test above can fail."""
     tokens = [result.tokens for result in served]
-    trace = reference.decode(prompts, _Forced(Forgetful(whole_gate, gates.STATE), tokens), TOKENS)
-    assert differences(served, trace).mean() > 100 * TOLERANCE
+    decoded = reference.decode(prompts, _Forced(Forgetful(whole_gate, gates.STATE), tokens), TOKENS)
+    assert differences(served, decoded).mean() > 100 * TOLERANCE
 
 
 class _Forced:

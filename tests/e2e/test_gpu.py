@@ -17,18 +17,18 @@ from typing import Any
 import pytest
 import torch
 
-from server.api.grammar import json_grammar
+from server.api.tools.grammar import json_grammar
 from server.config import parse_config
-from server.local import Generated, LocalDeployment
+from server.launch.local import Generated, LocalDeployment
 from server.policy import Gate, Perplexity, Policy, Uniform
 from server.request import FinishReason, SequenceRequest
-from tests.e2e import demo, gates
-from tests.e2e.requests import greedy, sampled
-from tests.e2e.serving import Served, serve, until
 from tests.e2e.test_faults import Answer, back
-from tests.oracle import rules
-from tests.oracle.compare import compare, first_difference
-from tests.oracle.reference import Reference, Trace
+from tests.support import demo, gates
+from tests.support.oracle import rules
+from tests.support.oracle.compare import compare, first_difference
+from tests.support.oracle.reference import Decoded, Reference
+from tests.support.sequences import greedy, sampled
+from tests.support.serving import Served, serve, until
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]  # engines compile and capture before they answer
 
@@ -101,10 +101,10 @@ def uneven(pair: Reference, count: int) -> list[list[list[int]]]:
     return [[pair.encode(each), pair.encode([system, *each])] for each in demo.conversations(count)]
 
 
-def assert_equal(requests: list[SequenceRequest], results: dict[int, Generated], trace: Trace) -> None:
-    result = compare([results[request.id].tokens for request in requests], trace, tie=TIE)
+def assert_equal(requests: list[SequenceRequest], results: dict[int, Generated], decoded: Decoded) -> None:
+    result = compare([results[request.id].tokens for request in requests], decoded, tie=TIE)
     assert not result.wrong
-    assert result.equal > 0.9 * trace.tokens.numel()
+    assert result.equal > 0.9 * decoded.tokens.numel()
 
 
 @pytest.mark.parametrize("space", ["logprob", "prob"])
@@ -130,17 +130,17 @@ def test_coefficients_of_a_gate_on_hidden_states(
     rows = prompts(pair, 5)
     requests = [greedy(row, Gate(), TOKENS, expert_weights=True) for row in rows]
     results = deployment.generate(requests)
-    trace = pair.decode(rows, rules.GateRule(Path(whole_gate["file"]), gates.STATE), TOKENS)
+    decoded = pair.decode(rows, rules.GateRule(Path(whole_gate["file"]), gates.STATE), TOKENS)
     off, seen = [], 0
     for row, request in enumerate(requests):
-        at = first_difference(results[request.id].tokens, trace.tokens[row].tolist())
+        at = first_difference(results[request.id].tokens, decoded.tokens[row].tolist())
         same = TOKENS if at is None else at + 1
         found = torch.tensor([choice.coefficients for choice in results[request.id].choices[:same]])
-        off.append((found - trace.coefficients[row, :same]).abs().max())
+        off.append((found - decoded.coefficients[row, :same]).abs().max())
         seen += same
     assert max(off) < TOLERANCE
     assert seen > 0.8 * len(rows) * TOKENS
-    assert trace.coefficients.std(dim=(0, 1)).max() > TOLERANCE / 2  # a constant would show nothing
+    assert decoded.coefficients.std(dim=(0, 1)).max() > TOLERANCE / 2  # a constant would show nothing
     assert deployment.stats().gate_failures == 0
 
 
@@ -208,5 +208,5 @@ def test_degrade_continues_without_a_lost_expert(tmp_path: Path) -> None:
         without = server.chat(model="demo:gate", max_tokens=8, expert_weights=True)
         assert without["choices"][0]["finish_reason"] in ("stop", "length")
         until(lambda: back(server, 1), limit=300, what="the expert is up again")
-        assert server.metrics()["polylogit_gate_failures_total"] == 0
+        assert server.metrics.api()["polylogit_gate_failures_total"] == 0
         assert {weights["text"] for weights in Answer(server).read().weights} == {0.5}

@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e import demo
-from tests.e2e.serving import KEY, Served, serve, until
+from tests.support import demo
+from tests.support.serving import KEY, Served, serve, until
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 QUESTION = [{"role": "user", "content": "Sum 94 and 77."}]

@@ -14,11 +14,11 @@ import torch
 from playwright.sync_api import expect, sync_playwright
 
 from server import __version__
-from tests.browser import CHROMIUM, FLAGS, needs_chromium
-from tests.e2e import demo, gates
-from tests.e2e.serving import Served, serve, until
-from tests.oracle import rules, truncated
-from tests.oracle.reference import Reference
+from tests.support import demo, gates
+from tests.support.browser import CHROMIUM, FLAGS, needs_chromium
+from tests.support.oracle import rules, truncated
+from tests.support.oracle.reference import Reference
+from tests.support.serving import Served, serve, until
 
 QUESTION = [{"role": "user", "content": "Sum 94 and 77."}]
 LONG = {"ignore_eos": True}
@@ -348,9 +348,9 @@ def test_health(server: Served) -> None:
 
 
 def test_metrics_count(server: Served) -> None:
-    before = server.metrics()
+    before = server.metrics.api()
     ask(server, model="demo:gate", extra_body=LONG)
-    after = server.metrics()
+    after = server.metrics.api()
 
     def grown(name: str) -> float:
         return after.get(name, 0.0) - before.get(name, 0.0)
@@ -384,7 +384,7 @@ def test_sigterm_lets_a_running_answer_finish(server: Served) -> None:
     assert (refused.status_code, refused.json()["error"]["type"]) == (503, "overloaded_error")
     assert "retry-after" in refused.headers
     started = time.monotonic()
-    assert server.metrics()["polylogit_ready"] == 0
+    assert server.metrics.api()["polylogit_ready"] == 0
     assert time.monotonic() - started < 1
     chunks = list(stream)
     text += "".join(chunk.choices[0].delta.content or "" for chunk in chunks)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from tests.e2e import demo
-from tests.e2e.serving import serve
-from tests.otlp import collector, values
+from tests.support import demo
+from tests.support.otlp import collector, values
+from tests.support.serving import serve
 
 KEY = "sk-do-not-log-me"
 PROMPT = "Sum 94 and 77."

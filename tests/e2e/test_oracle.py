@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from server.local import LocalDeployment
+from server.launch.local import LocalDeployment
 from server.policy import Gate, Policy, Product, Uniform, Weights
-from tests.e2e import demo, gates
-from tests.e2e.requests import greedy
-from tests.oracle import rules
-from tests.oracle.compare import compare
-from tests.oracle.reference import Reference, Rule
+from tests.support import demo, gates
+from tests.support.oracle import rules
+from tests.support.oracle.compare import compare
+from tests.support.oracle.reference import Reference, Rule
+from tests.support.sequences import greedy
 
 PROMPTS = 100
 TOKENS = 48

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from server import policy as policies
-from server.local import LocalDeployment
+from server.launch.local import LocalDeployment
 from server.policy import Contrastive, FusionRoute, Perplexity, Policy, Proxy, Select, Single
-from tests.e2e import demo, gates, test_oracle
-from tests.e2e.requests import greedy
-from tests.oracle import rules
-from tests.oracle.compare import TIE, compare, first_difference
-from tests.oracle.reference import Reference, Rule
+from tests.e2e import test_oracle
+from tests.support import demo, gates
+from tests.support.oracle import rules
+from tests.support.oracle.compare import TIE, compare, first_difference
+from tests.support.oracle.reference import Reference, Rule
+from tests.support.sequences import greedy
 
 PROMPTS = 24
 TOKENS = 24
@@ -53,16 +54,16 @@ def test_policy_follows_its_definition(
     requests = [greedy(row, policy, TOKENS, expert_weights=True) for row in prompts]
     results = whole.generate(requests)
     served = [results[request.id] for request in requests]
-    trace = reference.decode(prompts, make_rule(whole_gate), TOKENS)
-    result = compare([generated.tokens for generated in served], trace)
+    decoded = reference.decode(prompts, make_rule(whole_gate), TOKENS)
+    result = compare([generated.tokens for generated in served], decoded)
     print(f"\n{case}: {result.equal} of {PROMPTS * TOKENS} positions equal, ties {result.ties}")
     assert not result.wrong
     assert len(result.ties) <= MOST_TIES
     for row, generated in enumerate(served):
-        at = first_difference(generated.tokens, trace.tokens[row].tolist())
+        at = first_difference(generated.tokens, decoded.tokens[row].tolist())
         found = torch.tensor([choice.coefficients for choice in generated.choices[:at]], dtype=torch.float64)
-        off = (found - trace.coefficients[row, :at]).abs().max(-1).values
-        decided = trace.slack[row, :at] >= TIE  # two experts may be equally sure
+        off = (found - decoded.coefficients[row, :at]).abs().max(-1).values
+        decided = decoded.slack[row, :at] >= TIE  # two experts may be equally sure
         assert (off[decided] < COEFFICIENTS).all(), (row, at)
 
 

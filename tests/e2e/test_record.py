@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from gate import traces
-from gate.traces import open_shard, read_manifest, shards
+from gate.training import records
+from gate.training.records import open_shard, read_manifest, shards
 from server.cli import main
-from tests.e2e import demo
-from tests.oracle.reference import Reference
+from tests.support import demo
+from tests.support.oracle.reference import Reference
 
 PROMPTS = 6
 
@@ -56,15 +56,15 @@ def responses(directory: Path) -> dict[int, dict[str, Any]]:
 
 
 @pytest.mark.timeout(400)
-def test_traces_are_what_the_experts_show_and_interruptions_change_nothing(
+def test_records_are_what_the_experts_show_and_interruptions_change_nothing(
     prompts: Path,
     tmp_path: Path,
     reference: Reference,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    output = tmp_path / "traces"
-    monkeypatch.setattr(traces, "SHARD_BYTES", 40_000)
+    output = tmp_path / "records"
+    monkeypatch.setattr(records, "SHARD_BYTES", 40_000)
     policies = ("--policies", "math,chat,uniform")
     assert record(prompts, output, *policies) == 0
     whole = responses(output)

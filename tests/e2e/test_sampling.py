@@ -9,12 +9,12 @@ import numpy.typing as npt
 import pytest
 from scipy.stats import chisquare
 
-from server.local import LocalDeployment
+from server.launch.local import LocalDeployment
 from server.policy import Gate, Policy, Uniform
 from server.request import SequenceRequest
-from tests.e2e import demo
-from tests.e2e.requests import greedy, sampled
-from tests.oracle.reference import Reference
+from tests.support import demo
+from tests.support.oracle.reference import Reference
+from tests.support.sequences import greedy, sampled
 
 DRAWS = 20_000
 BATCH = 2_000

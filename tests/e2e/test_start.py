@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.e2e import demo, gates
-from tests.e2e.serving import POLYLOGIT
+from tests.support import demo, gates
+from tests.support.serving import POLYLOGIT
 
 SECONDS = 60
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from server.api.grammar import json_grammar
-from server.local import LocalDeployment
+from server.api.tools.grammar import json_grammar
+from server.launch.local import LocalDeployment
 from server.policy import Gate, Policy, Product, Single, Uniform
 from server.request import FinishReason
-from tests.e2e import demo, traffic
-from tests.e2e.requests import again, sampled
-from tests.e2e.serving import Served, serve
+from tests.support import demo, traffic
+from tests.support.sequences import again, sampled
+from tests.support.serving import Served, serve
 
 ORDER: dict[str, Any] = {
     "type": "object",

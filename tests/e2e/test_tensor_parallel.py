@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from server.config import parse_config
-from server.local import LocalDeployment
+from server.launch.local import LocalDeployment
 from server.policy import Gate, Single, Uniform
-from tests.e2e import demo, gates, processes
-from tests.e2e.requests import greedy
-from tests.server.expert.listening import listening, own_address
+from tests.support import demo, gates, processes
+from tests.support.listening import listening, own_address
+from tests.support.sequences import greedy
 
 SHARED = Path("/dev/shm")
 PROMPTS = [[257, 260, *text.encode(), 258, 261] for text in ("Add 27 and 58.", "Reverse stone.", "Hello!")]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import subprocess
 
-from tests.e2e import demo
-from tests.e2e.serving import POLYLOGIT, Served
+from tests.support import demo
+from tests.support.serving import POLYLOGIT, Served
 
 
 def test_a_frame_of_a_real_server(demo_server: Served) -> None:

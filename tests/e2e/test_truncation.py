@@ -1,16 +1,16 @@
 """Truncated lists: how far the fused distribution is from fusion over the full vocabulary, and that the server computes
-what the definition says. `python -m tests.e2e.truncation` measures the whole table."""
+what the definition says. `python -m tests.bench.truncation` measures the whole table."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from server.local import LocalDeployment
+from server.launch.local import LocalDeployment
 from server.policy import Policy, Uniform
-from tests.e2e.teacher import Texts, served
-from tests.oracle import truncated
-from tests.oracle.reference import Reference
+from tests.support.oracle import truncated
+from tests.support.oracle.reference import Reference
+from tests.support.teacher import Texts, served
 
 PROMPTS = 40
 UNIFORM = [1 / 3] * 3

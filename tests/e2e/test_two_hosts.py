@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.e2e import demo, processes
-from tests.e2e.serving import POLYLOGIT, Served, serve, until
 from tests.e2e.test_faults import EXPERTS, RESTART_SECONDS, Answer, Crowd
-from tests.server.remote.hosts import free_port
+from tests.support import demo, processes
+from tests.support.hosts import free_port
+from tests.support.serving import POLYLOGIT, Served, serve, until
 
 AWAY = EXPERTS[-1]
 COMMAND_SECONDS = 120.0
@@ -126,7 +126,7 @@ def test_a_worker_elsewhere_dies_in_the_middle_and_comes_back(hosts: Hosts) -> N
         there = hosts.start()
         assert (answer.read().text, answer.reason) == (undisturbed.text, "length")
         assert crowd.texts() == others
-        assert server.metrics()[f"polylogit_expert_restarts_total{{expert={AWAY}}}"] == 1
+        assert server.metrics.api()[f"polylogit_expert_restarts_total{{expert={AWAY}}}"] == 1
         assert health(server)[0] == 200
         assert "not reached" in hosts.run("check", str(hosts.file))
     there.wait_loaded()
@@ -140,7 +140,7 @@ def test_the_other_commands(hosts: Hosts, tmp_path: Path) -> None:
     short = ["--sequences", "1", "--tokens", "4", "--rounds", "1"]
     assert AWAY in hosts.run("bench", str(hosts.file), "--experts", AWAY, *short)
     prompts = str(demo.DEMO / "prompts" / "test.jsonl")
-    recorded = ["--prompts", prompts, "--grader", "exact", "--output", str(tmp_path / "traces"), "--policies", AWAY]
+    recorded = ["--prompts", prompts, "--grader", "exact", "--output", str(tmp_path / "records"), "--policies", AWAY]
     said = hosts.run("record", str(hosts.file), *recorded, "--limit", "2", "--max-tokens", "4")
     assert said.startswith("2 responses -> ")
     there.terminate()

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from gate.contract import read_contract
-from gate.evaluate import load_results
-from tests.e2e import demo
-from tests.e2e.serving import POLYLOGIT
+from gate.evaluation.evaluate import load_results
+from tests.support import demo
+from tests.support.paths import ROOT
+from tests.support.serving import POLYLOGIT
 
-README = Path(__file__).resolve().parents[2] / "gate" / "README.md"
+README = ROOT / "gate" / "README.md"
 BLOCK = re.compile(r"^```(\w+)(?: ([^\n]*))?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SECONDS = 240
 

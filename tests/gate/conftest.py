@@ -1,12 +1,13 @@
 """Puts the repository root on the path, so that the demo's training scripts can be imported and tested."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.support.paths import ROOT
+
+sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ import pytest
 
 from server import logs
 from server.config import Logging
-from server.supervisor import spawn
-from tests.server import children
+from server.launch.supervisor import spawn
+from tests.support import children
 
 
 def line_of(capsys: pytest.CaptureFixture[str], **settings: str) -> str:

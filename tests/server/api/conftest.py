@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from tests.server.api.deployment import deployment
-from tests.server.api.serving import Served, served
+from tests.support.api.deployment import deployment
+from tests.support.api.serving import Served, served
 
 
 @pytest_asyncio.fixture(scope="session")

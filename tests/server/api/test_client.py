@@ -10,10 +10,11 @@ import pytest
 
 from server.api.client import EngineClient
 from server.errors import GenerationFailed, Overloaded
-from server.messages import Abort, Ended, FromApi, GetStats, Progress, Status, Stop, Submit, ToApi
 from server.policy import Uniform
 from server.request import FinishReason, SequenceRequest
-from tests.server.api.fake import stats
+from server.wire.api import Abort, Ended, FromApi, GetStats, Progress, Status, Submit, ToApi
+from server.wire.base import Stop
+from tests.support.api.fake import stats
 
 READY = Status(ready=True, draining=False, experts={})
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.api.deployment import deployment
-from tests.server.api.serving import Served, served
+from tests.support.api.deployment import deployment
+from tests.support.api.serving import Served, served
+from tests.support.paths import ROOT
 
-FOLDER = Path(__file__).parents[3] / "server" / "api" / "static"
+FOLDER = ROOT / "server" / "api" / "static"
 FILES = sorted(path.name for path in FOLDER.iterdir() if path.name != "index.html")
 
 
@@ -71,7 +72,7 @@ def test_nothing_comes_from_elsewhere() -> None:
 
 
 def test_wheel_holds_the_page(tmp_path: Path) -> None:
-    root = Path(__file__).parents[3]
+    root = ROOT
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=root, check=True, capture_output=True, timeout=60)
     (wheel,) = tmp_path.glob("*.whl")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import httpx
 
-from tests.server.api.deployment import write_model
-from tests.server.api.fake import FakeCoordinator
+from tests.support.api.deployment import write_model
+from tests.support.api.fake import FakeCoordinator
 
 CONFIG = """
 name: solo

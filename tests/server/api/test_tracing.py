@@ -19,11 +19,11 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from server.api.tracing import tracer_provider
 from server.errors import StartError
-from tests.otlp import collector, values
 from tests.server.api import test_process
-from tests.server.api.deployment import deployment, ids, write_model
-from tests.server.api.fake import FakeCoordinator, Script, failure
-from tests.server.api.serving import Served, a_bug, served
+from tests.support.api.deployment import deployment, ids, write_model
+from tests.support.api.fake import FakeCoordinator, Script, failure
+from tests.support.api.serving import Served, a_bug, served
+from tests.support.otlp import collector, values
 
 PROMPT = "a most secret question"
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

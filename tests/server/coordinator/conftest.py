@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.fakes import FakeModel
+from tests.support.fakes import FakeModel
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import pytest
 
 from server.policy import Product, Single, Uniform, Weights
 from server.request import SequenceRequest
-from tests.fakes import Behaviour, FakeEngine, FakeModel
-from tests.server.coordinator.harness import Deployment
-from tests.server.coordinator.reference import Alone, generate, shares
-from tests.server.coordinator.requests import request
+from tests.support.coordinator.harness import Deployment
+from tests.support.coordinator.reference import Alone, generate, shares
+from tests.support.coordinator.requests import request
+from tests.support.fakes import Behaviour, FakeEngine, FakeModel
 
 HALF = shares([0.5, 0.5])
 

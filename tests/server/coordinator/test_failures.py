@@ -10,15 +10,15 @@ import torch
 from scipy.special import softmax
 
 from server.coordinator.gate import Gate
-from server.messages import ExpertDown
 from server.policy import Contrastive, FusionRoute, Product, Select, Single, Uniform
 from server.policy import Gate as GatePolicy
 from server.request import FinishReason
-from tests.fakes import HIDDEN, Behaviour, FakeEngine, FakeModel
-from tests.server.coordinator.harness import Deployment
-from tests.server.coordinator.reference import generate, shares
-from tests.server.coordinator.requests import request
+from server.wire.supervisor import ExpertDown
 from tests.server.coordinator.test_alignment import HALF, assert_alone
+from tests.support.coordinator.harness import Deployment
+from tests.support.coordinator.reference import generate, shares
+from tests.support.coordinator.requests import request
+from tests.support.fakes import HIDDEN, Behaviour, FakeEngine, FakeModel
 
 # --- an expert is lost ---
 
@@ -406,18 +406,18 @@ def test_a_gate_that_fails_fails_the_requests_that_ask_it(tmp_path, rng, models,
         assert deployment.ended[again.id].reason is FinishReason.LENGTH
 
 
-def test_the_gate_and_traces_show_nothing_of_a_row_that_is_rubbish(tmp_path, rng, models, gate):
+def test_the_gate_and_records_show_nothing_of_a_row_that_is_rubbish(tmp_path, rng, models, gate):
     broken = BrokenEngine(models[1], Behaviour(nan=lambda tokens: len(tokens) % 4 == 0), want_hidden=True)
     engines = [FakeEngine(models[0], want_hidden=True), broken]
     with Deployment(tmp_path, engines, projector=gate, gate={"file": "gate.pt", "on_failure": "fail"}) as deployment:
-        one = request(rng, (7, 9), GatePolicy(), trace=True)
+        one = request(rng, (7, 9), GatePolicy(), record=True)
         deployment.run(one)
         gate.tokens = deployment.tokens
         gone = [(9 + step) % 4 == 0 for step in range(one.max_tokens)]
         alone = generate(one, models, gate.reference(models, one), gone=lambda expert, step: expert and gone[step])
         assert_alone(deployment, [one], [alone])
-        traced = [np.frombuffer(trace.projected, np.float32).reshape(2, 2) for trace in deployment.traces]
-        assert [not projected[1].any() for projected in traced] == gone
+        recorded = [np.frombuffer(record.projected, np.float32).reshape(2, 2) for record in deployment.records]
+        assert [not projected[1].any() for projected in recorded] == gone
         assert deployment.stats().gate_failures == 0
 
 

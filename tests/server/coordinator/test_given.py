@@ -9,9 +9,9 @@ import pytest
 from scipy.special import log_softmax, logsumexp
 
 from server.request import SequenceRequest
-from tests.fakes import VOCABULARY, Behaviour, FakeEngine, FakeModel
-from tests.server.coordinator.harness import Deployment
-from tests.server.coordinator.requests import request
+from tests.support.coordinator.harness import Deployment
+from tests.support.coordinator.requests import request
+from tests.support.fakes import VOCABULARY, Behaviour, FakeEngine, FakeModel
 
 
 def fused_logprobs(models: list[FakeModel], tokens: list[int]) -> list[float]:

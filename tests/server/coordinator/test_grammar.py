@@ -6,9 +6,9 @@ import pytest
 
 from server.policy import Contrastive, Product, Select, Single, Uniform, Weights
 from server.request import FinishReason
-from tests.fakes import NO_GRAMMAR, VOCABULARY, Behaviour, FakeEngine
-from tests.server.coordinator.harness import Deployment
-from tests.server.coordinator.requests import request
+from tests.support.coordinator.harness import Deployment
+from tests.support.coordinator.requests import request
+from tests.support.fakes import NO_GRAMMAR, VOCABULARY, Behaviour, FakeEngine
 
 STOP = 40
 WIDE = " ".join(map(str, range(20, 39)))

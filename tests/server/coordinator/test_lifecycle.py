@@ -9,11 +9,11 @@ import pytest
 
 from server.policy import Perplexity
 from server.request import MOST_PRIORITY, FinishReason
-from tests.fakes import Behaviour, FakeEngine
-from tests.server.coordinator.harness import Deployment
-from tests.server.coordinator.reference import cross_entropy, generate, shares
-from tests.server.coordinator.requests import request
 from tests.server.coordinator.test_alignment import HALF, assert_alone
+from tests.support.coordinator.harness import Deployment
+from tests.support.coordinator.reference import cross_entropy, generate, shares
+from tests.support.coordinator.requests import request
+from tests.support.fakes import Behaviour, FakeEngine
 
 
 def engines_of(models, **behaviour) -> list[FakeEngine]:

@@ -11,11 +11,11 @@ import pytest
 from server.coordinator.fusion import tabulate
 from server.coordinator.stats import PHASES, TickClock
 from server.coordinator.tally import Sources, TokenTally
-from server.messages import Histogram
 from server.policy import Contrastive, Uniform, Weights
-from tests.fakes import FakeEngine
-from tests.server.coordinator.harness import Deployment
-from tests.server.coordinator.requests import request
+from server.wire.stats import Histogram
+from tests.support.coordinator.harness import Deployment
+from tests.support.coordinator.requests import request
+from tests.support.fakes import FakeEngine
 
 VOCABULARY = 8
 

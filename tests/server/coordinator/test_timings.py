@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from server.coordinator.timings import Timings
 from server.policy import Single
-from tests.fakes import Behaviour, FakeEngine
-from tests.server.coordinator.harness import Deployment
-from tests.server.coordinator.requests import request
+from tests.support.coordinator.harness import Deployment
+from tests.support.coordinator.requests import request
+from tests.support.fakes import Behaviour, FakeEngine
 
 
 def test_each_moment_in_its_order(tmp_path, rng, models):

@@ -14,8 +14,8 @@ from server.config import ExpertConfig, parse_config
 from server.errors import ConfigError
 from server.expert.process import environment, projecting_gate
 from server.placement import Placement
-from tests.e2e import demo, gates
-from tests.server.expert.listening import listening, own_address
+from tests.support import demo, gates
+from tests.support.listening import listening, own_address
 
 GROUP = """
 import socket, sys

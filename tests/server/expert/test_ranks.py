@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 
 from server.expert.ranks import converse
-from server.messages import Add, BareDone, FromExpert, Gather, Stop, Tick, ToExpert
 from server.placement import Placement
-from server.transport import Channel, endpoint
+from server.wire.base import Stop
+from server.wire.channel import Channel, endpoint
+from server.wire.expert import Add, BareDone, FromExpert, Gather, Tick, ToExpert
 
 SECONDS = 10.0
 SAID = [

@@ -13,9 +13,9 @@ from server.config import Config, GateConfig, parse_config
 from server.errors import StartError
 from server.expert.process import _projector
 from server.remote.agreement import Terms, compare, facts, offer, terms
-from tests.e2e import gates
+from tests.support import gates
+from tests.support.paths import DEMO
 
-DEMO = Path(__file__).resolve().parents[3] / "deploy" / "demo"
 NAMES = ["math", "text"]
 
 

@@ -10,11 +10,11 @@ from server.policy import Single
 from server.remote.agreement import Offer, Terms, offer
 from server.remote.dialer import Dialer
 from server.request import FinishReason
-from tests.fakes import Behaviour, FakeEngine, FakeModel
-from tests.server.coordinator.reference import generate, shares
-from tests.server.coordinator.requests import request
 from tests.server.coordinator.test_alignment import HALF, assert_alone
-from tests.server.remote.hosts import KEY, TwoHosts
+from tests.support.coordinator.reference import generate, shares
+from tests.support.coordinator.requests import request
+from tests.support.fakes import Behaviour, FakeEngine, FakeModel
+from tests.support.hosts import KEY, TwoHosts
 
 
 @pytest.fixture

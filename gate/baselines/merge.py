@@ -1,0 +1,214 @@
+"""Merged parameters: one model from several of one architecture, `python -m gate.baselines.merge`.
+
+tau_i = expert_i - base is expert i's task vector. Works tensor by tensor (trimming too, as mergekit does), in float32.
+
+| method | result | source |
+| --- | --- | --- |
+| linear | mean of the experts | Wortsman et al. 2022, arXiv 2203.05482 |
+| task-arithmetic | base + scale * sum tau_i | Ilharco et al. 2023, arXiv 2212.04089 |
+| ties | base + scale * mean, over the tau_i of the elected sign, of the largest `density` of each | arXiv 2306.01708 |
+| dare | task arithmetic of tau_i with entries kept with chance `density` and divided by it | arXiv 2311.03099 |
+| dare-ties | ties of such tau_i, not trimmed | both |
+
+`--tune` chooses scale and density by greedy accuracy on a file of prompts, which must not be the test's; of equals,
+those under which the right answers are most probable. Knows nothing of serving: it writes ordinary model directories.
+"""
+
+import argparse
+import itertools
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from gate.baselines.greedy import Greedy
+from gate.errors import GateError, one_line
+
+State = dict[str, Tensor]
+METHODS = ("linear", "task-arithmetic", "ties", "dare", "dare-ties")
+SCALES = (0.3, 0.5, 0.7, 1.0, 1.3)
+DENSITIES = (0.2, 0.5)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "special_tokens_map.json",
+)
+
+
+class MergeError(GateError):
+    """The models cannot be merged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A method and its settings; those that it does not use are left at their values here."""
+
+    method: str
+    scale: float = 1.0
+    density: float = 1.0
+    seed: int = 0
+
+
+def merge(recipe: Recipe, base: State | None, experts: list[State]) -> State:
+    """The merged parameters. Raises MergeError without a base for a method that needs one."""
+    if recipe.method == "linear":
+        return {name: torch.stack([expert[name] for expert in experts]).mean(0) for name in experts[0]}
+    if base is None:
+        raise MergeError(f"{recipe.method} needs the model from which the experts were fine-tuned")
+    generator = torch.Generator().manual_seed(recipe.seed)
+    return {
+        name: start + recipe.scale * _step(recipe, torch.stack([e[name] for e in experts]) - start, generator)
+        for name, start in base.items()
+    }
+
+
+def trim(task: Tensor, density: float) -> Tensor:
+    """The `density` of entries that are largest in magnitude; the others 0. [...] -> [...]"""
+    kept = max(1, round(density * task.numel()))
+    order = task.abs().flatten().argsort(descending=True, stable=True)[:kept]
+    mask = torch.zeros(task.numel(), dtype=torch.bool)
+    mask[order] = True
+    return task * mask.view(task.shape)
+
+
+def elect(tasks: Tensor) -> Tensor:
+    """[E, ...] -> [...]: per entry the sign of the sum, then the mean of the non-zero values of that sign."""
+    agreed = (tasks.sign() == tasks.sum(0).sign()) & (tasks != 0)
+    return (tasks * agreed).sum(0) / agreed.sum(0).clamp_min(1)
+
+
+def drop(tasks: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """Each entry kept with chance `density` and divided by it, so that its expectation stays."""
+    kept = torch.rand(tasks.shape, generator=generator) < density
+    return tasks * kept / density
+
+
+def _step(recipe: Recipe, tasks: Tensor, generator: torch.Generator) -> Tensor:
+    """[E, ...] task vectors -> [...], before the scale."""
+    match recipe.method:
+        case "task-arithmetic":
+            return tasks.sum(0)
+        case "ties":
+            return elect(torch.stack([trim(task, recipe.density) for task in tasks]))
+        case "dare":
+            return drop(tasks, recipe.density, generator).sum(0)
+        case "dare-ties":
+            return elect(drop(tasks, recipe.density, generator))
+    raise MergeError(f"unknown method {recipe.method!r}; known: {', '.join(METHODS)}")
+
+
+def distance(one: State, other: State) -> float:
+    """Euclidean, over all parameters."""
+    return float(sum((one[name] - other[name]).square().sum() for name in one) ** 0.5)
+
+
+def check_models(base: State | None, experts: dict[str, State]) -> dict[str, float]:
+    """Each expert's distance from the base. Raises MergeError for another architecture, or a base that is none.
+
+    Fine-tuned models lie nearer to their start than to each other; a model that is farther from an expert than another
+    expert is did not start it.
+    """
+    first, *others = experts
+    for name, state in {**experts, **({"the base": base} if base else {})}.items():
+        if {key: value.shape for key, value in state.items()} != {k: v.shape for k, v in experts[first].items()}:
+            raise MergeError(f"{name} and {first} differ in their parameters' names or shapes")
+    if base is None:
+        return {}
+    distances = {name: distance(state, base) for name, state in experts.items()}
+    for one, other in itertools.combinations([first, *others], 2):
+        apart = distance(experts[one], experts[other])
+        if max(distances[one], distances[other]) >= apart:
+            raise MergeError(
+                f"the base is not where these experts started: {one} and {other} are {apart:.1f} apart, "
+                f"and {distances[one]:.1f} and {distances[other]:.1f} from it"
+            )
+    return distances
+
+
+def recipes(method: str, seed: int) -> Iterator[Recipe]:
+    """What `--tune` tries."""
+    if method == "linear":
+        yield Recipe(method)
+    elif method == "task-arithmetic":
+        yield from (Recipe(method, scale) for scale in SCALES)
+    else:
+        yield from (Recipe(method, scale, density, seed) for scale in SCALES for density in DENSITIES)
+
+
+def tune(
+    method: str, base: State | None, experts: list[State], greedy: Greedy, seed: int
+) -> tuple[Recipe, list[dict[str, Any]]]:
+    """The recipe with the highest accuracy on the prompts of `greedy`, and all that was tried."""
+    tried: list[dict[str, Any]] = []
+    for recipe in recipes(method, seed):
+        greedy.model.load_state_dict(merge(recipe, base, experts))
+        tried.append({**asdict(recipe), "accuracy": greedy.accuracy(), "answer_logprob": greedy.answer_logprob()})
+        print(", ".join(f"{key} {value}" for key, value in tried[-1].items()), flush=True)
+    best = max(range(len(tried)), key=lambda index: (tried[index]["accuracy"], tried[index]["answer_logprob"]))
+    return list(recipes(method, seed))[best], tried
+
+
+def load(folder: Path) -> Any:
+    """A transformers model in float32. Raises MergeError if there is none."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    except (OSError, ValueError) as error:
+        raise MergeError(f"{folder}: no model that can be loaded: {str(error).strip().splitlines()[0]}") from None
+
+
+def save(model: Any, like: Path, folder: Path) -> None:
+    """Writes a model directory, with the type of weights and the tokenizer of the model at `like`."""
+    config = json.loads((like / "config.json").read_text(encoding="utf-8"))
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"  # the latter before transformers 5
+    folder.mkdir(parents=True, exist_ok=True)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        if (like / name).is_file():
+            shutil.copy(like / name, folder / name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        "python -m gate.baselines.merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base", type=Path, help="the model from which the experts were fine-tuned")
+    parser.add_argument("--experts", nargs="+", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--tune", type=Path, metavar="PROMPTS", help="choose scale and density on these prompts")
+    parser.add_argument("--limit", type=int, help="every nth of these prompts, so that there are this many")
+    parser.add_argument("--scale", type=float, default=1.0, help="without --tune")
+    parser.add_argument("--density", type=float, default=0.5, help="without --tune")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, required=True, help="a model directory for each method goes into this")
+    arguments = parser.parse_args()
+    with one_line(parser):
+        _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    experts = {str(folder): load(folder).state_dict() for folder in arguments.experts}
+    base = load(arguments.base).state_dict() if arguments.base else None
+    notes: dict[str, Any] = {"distances from the base": check_models(base, experts)}
+    first = arguments.experts[0]
+    for method in arguments.methods:
+        model = load(first)
+        recipe = Recipe(method, arguments.scale, arguments.density, arguments.seed)
+        if arguments.tune:
+            greedy = Greedy(model, first, arguments.tune, arguments.limit)
+            recipe, notes[method] = tune(method, base, list(experts.values()), greedy, arguments.seed)
+        model.load_state_dict(merge(recipe, base, list(experts.values())))
+        save(model, first, arguments.output / method)
+        print(f"{recipe} -> {arguments.output / method}", flush=True)
+    (arguments.output / "merge.json").write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""Accuracy of served models on a file of prompts, asked through an OpenAI-compatible HTTP endpoint.
+
+Every answer is greedy, graded as a whole and kept. Knows nothing of experts, gates or how the endpoint makes its
+answers; `gate.evaluation.report` makes tables and plots of what is written here.
+"""
+
+import asyncio
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from gate.errors import GateError
+from gate.evaluation.graders import Grader
+from gate.evaluation.prompts import PromptsError, numbered_rows
+
+TIMEOUT_SECONDS = 300.0
+FORMAT = 1
+
+
+class EvaluationError(GateError):
+    """An endpoint refuses or does not answer, or a file does not fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One line of a prompts file; `row` is all of it, for the grader."""
+
+    number: str
+    domain: str
+    messages: list[dict[str, Any]]
+    row: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a model answered to one question. `cut`: it ended at its most tokens."""
+
+    text: str
+    tokens: int
+    cut: bool
+
+
+class Answers(msgspec.Struct):
+    """What one model answered to the questions, in their order. `right` holds 0 or 1."""
+
+    texts: list[str]
+    right: list[int]
+    tokens: int = 0
+    seconds: float = 0.0
+    served_by: str = ""  # the model name that was asked
+    cut: int = 0  # answers that ended at their most tokens: wrong, whatever they say
+
+
+class Results(msgspec.Struct):
+    """One evaluation file: the questions, and every model's answers by label."""
+
+    prompts: str
+    prompts_sha256: str
+    ids: list[str]
+    domains: list[str]
+    grader: str
+    models: dict[str, Answers] = {}
+    about: dict[str, Any] = {}  # command, time, versions
+    format: int = FORMAT
+
+
+def read_questions(path: Path, limit: int | None = None) -> list[Question]:
+    """The first `limit` questions of a prompts file: {"messages", and optionally "id", "domain", "tools", and what the
+    grader needs}. Raises PromptsError naming the line."""
+    found: dict[str, Question] = {}
+    for line, row in numbered_rows(path, limit):
+        number, domain = str(row.get("id", len(found))), row.get("domain", "all prompts")
+        if not isinstance(row.get("messages"), list) or not isinstance(domain, str):
+            raise PromptsError(f'{path}:{line}: a prompt needs "messages" (a list); its "domain" is a string')
+        if number in found:
+            raise PromptsError(f"{path}:{line}: the id {number!r} was there before")
+        found[number] = Question(number, domain, row["messages"], row)
+    return list(found.values())
+
+
+def graded(grader: Grader, questions: list[Question], replies: list[Reply]) -> list[int]:
+    """1 for each reply that `grader` gives at least one half, else 0, as for one that was cut."""
+
+    def reward(question: Question, reply: Reply) -> float:
+        return 0.0 if reply.cut else grader(question.row, reply.text)
+
+    with ThreadPoolExecutor(grader.workers) as threads:
+        return [int(given >= 0.5) for given in threads.map(reward, questions, replies)]
+
+
+def digest(questions: list[Question]) -> str:
+    """sha256 (hexadecimal) of all that their lines say."""
+    return hashlib.sha256(json.dumps([question.row for question in questions]).encode()).hexdigest()
+
+
+def new_results(path: Path, questions: list[Question], grader: str) -> Results:
+    """Results without any answer yet."""
+    return Results(
+        prompts=str(path),
+        prompts_sha256=digest(questions),
+        ids=[question.number for question in questions],
+        domains=[question.domain for question in questions],
+        grader=grader,
+    )
+
+
+def load_results(path: Path) -> Results:
+    """Inverse of `save_results`. Raises EvaluationError."""
+    try:
+        results = msgspec.json.decode(path.read_bytes(), type=Results)
+    except (OSError, msgspec.DecodeError) as error:
+        raise EvaluationError(f"{path}: no readable results: {error}") from None
+    if results.format != FORMAT:
+        raise EvaluationError(f"{path}: format {results.format}, this program reads {FORMAT}")
+    return results
+
+
+def load_pairs(path: Path, prompts: Path) -> tuple[Results, list[Question]]:
+    """The results at `path` and the questions that they answer. Raises EvaluationError if `prompts` holds others."""
+    results = load_results(path)
+    questions = read_questions(prompts, len(results.ids))
+    if digest(questions) != results.prompts_sha256:
+        raise EvaluationError(f"{prompts}: not the prompts that {path} answers (those were {results.prompts})")
+    return results, questions
+
+
+def save_results(results: Results, path: Path) -> None:
+    """Writes the file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_bytes(msgspec.json.encode(results) + b"\n")
+    fresh.replace(path)
+
+
+def key_header() -> dict[str, str]:
+    """What a server with API keys asks for: the one in POLYLOGIT_API_KEY, if there is one."""
+    key = os.environ.get("POLYLOGIT_API_KEY")
+    return {"authorization": f"Bearer {key}"} if key else {}
+
+
+async def ask(client: httpx.AsyncClient, model: str, question: Question, max_tokens: int) -> Reply:
+    """One greedy chat completion. The row's tools are shown, as in a recording, but what calls them is text to grade.
+
+    Raises EvaluationError with the server's reply when refused.
+    """
+    body = {"model": model, "messages": question.messages, "temperature": 0, "max_tokens": max_tokens}
+    if "tools" in question.row:
+        body |= {"tools": question.row["tools"], "tool_choice": "none"}
+    try:
+        response = await client.post("chat/completions", json=body)
+    except httpx.HTTPError as error:
+        raise EvaluationError(f"{client.base_url}: {error or type(error).__name__}") from None
+    if response.is_error:
+        raise EvaluationError(f"{model}, prompt {question.number}: {response.status_code} {response.text[:300]}")
+    reply = response.json()
+    choice, tokens = reply["choices"][0], reply.get("usage", {}).get("completion_tokens", 0)
+    return Reply(choice["message"]["content"] or "", tokens, choice.get("finish_reason") == "length")
+
+
+async def answers(
+    client: httpx.AsyncClient,
+    model: str,
+    questions: list[Question],
+    grader: Grader,
+    *,
+    concurrency: int,
+    max_tokens: int,
+    progress: Callable[[], None] = lambda: None,
+) -> Answers:
+    """All answers of one model, at most `concurrency` in flight. Raises EvaluationError."""
+    places = asyncio.Semaphore(concurrency)
+    began = time.perf_counter()
+
+    async def guarded(question: Question) -> Reply:
+        async with places:
+            reply = await ask(client, model, question, max_tokens)
+        progress()
+        return reply
+
+    replies = await asyncio.gather(*map(guarded, questions))
+    seconds = time.perf_counter() - began
+    right = await asyncio.to_thread(graded, grader, questions, replies)
+    return Answers(
+        texts=[reply.text for reply in replies],
+        right=right,
+        tokens=sum(reply.tokens for reply in replies),
+        seconds=round(seconds, 2),
+        served_by=model,
+        cut=sum(reply.cut for reply in replies),
+    )
+
+
+async def served_models(client: httpx.AsyncClient) -> list[str]:
+    """What the endpoint offers; of a polylogit deployment not its bare name, which is one of its NAME:POLICY. Raises
+    EvaluationError."""
+    try:
+        response = (await client.get("models")).raise_for_status()
+    except httpx.HTTPError as error:
+        raise EvaluationError(f"{client.base_url}: {error or type(error).__name__}") from None
+    cards = response.json()["data"]
+    bare = {card.get("parent") for card in cards if card.get("owned_by") == "polylogit"}
+    return [card["id"] for card in cards if card["id"] not in bare]
+
+
+def labelled(models: list[str]) -> dict[str, str]:
+    """`MODEL` or `MODEL=LABEL` arguments as {label: model}. Raises EvaluationError if two have one label."""
+    found: dict[str, str] = {}
+    for model, _, label in (argument.partition("=") for argument in models):
+        if (name := label or model) in found:
+            raise EvaluationError(f"--models: two rows would be labelled {name!r}")
+        found[name] = model
+    return found
+
+
+def _missing(wanted: dict[str, str], results: Results) -> dict[str, str]:
+    """Those of `wanted`, label -> model, that have no answers yet. Raises EvaluationError if a label's are another
+    model's."""
+    for label, model in wanted.items():
+        if label in results.models and (before := results.models[label].served_by) != model:
+            raise EvaluationError(
+                f"the answers labelled {label!r} are of {before}, not of {model}; label one otherwise"
+            )
+    return {label: model for label, model in wanted.items() if label not in results.models}
+
+
+async def evaluate(
+    url: str,
+    models: list[str],
+    questions: list[Question],
+    grader: Grader,
+    results: Results,
+    output: Path,
+    *,
+    concurrency: int,
+    max_tokens: int,
+) -> None:
+    """Asks every model that `results` does not hold yet, and writes `output` after each. Raises EvaluationError."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    base = url.rstrip("/") + "/"
+    async with httpx.AsyncClient(base_url=base, headers=key_header(), timeout=TIMEOUT_SECONDS) as client:
+        missing = _missing(labelled(models or await served_models(client)), results)
+        with Progress(*columns) as bar:
+            for label, model in missing.items():
+                task = bar.add_task(label, total=len(questions))
+                results.models[label] = await answers(
+                    client,
+                    model,
+                    questions,
+                    grader,
+                    concurrency=concurrency,
+                    max_tokens=max_tokens,
+                    progress=lambda task=task: bar.advance(task),  # type: ignore[misc]
+                )
+                save_results(results, output)

@@ -1,0 +1,267 @@
+"""Records on disk: what every expert showed at every token of graded responses. A directory with a manifest and shards.
+
+    manifest.json           what was recorded, over which experts (`Manifest`)
+    shard-00000.safetensors R responses with N tokens in all, one response after the other:
+        topk_ids int32[N, E, K], topk_logprobs float16[N, E, K] (best first, over the whole vocabulary, before the token
+        was chosen; -1 and -inf where an expert gave nothing), hidden.i float16[N, H_i] (what enters expert i's output
+        layer), tokens int32[N] (the response's own), lengths int32[R], rewards float32[R] (of whole responses, 0..1),
+        tasks int64[R] (which planned response it is), prompts int32[R] (line of the prompts file), sources int32[R]
+        (index into the manifest's), temperatures float32[R]. The header holds the prompts' ids, a digest of the tensors
+        and the manifest's sha256, so that no shard passes for another recording's.
+
+Every file is written whole or not at all. Knows nothing of models, of gates or of torch.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as encode
+
+from gate.errors import GateError
+
+FORMAT_VERSION = 2
+"""1 had no sha256 of the manifest in its shards."""
+MANIFEST = "manifest.json"
+SHARD_BYTES = 64 << 20
+SHARD_SECONDS = 60.0
+"""A shard is closed at the latest after so many seconds: no more than that is lost when the power fails."""
+_HALF = float(np.finfo(np.float16).max)
+
+Array = npt.NDArray[Any]
+
+
+class RecordError(GateError):
+    """Records are missing, damaged, or of something else. The message is one line."""
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a directory of records holds. E = len(experts), K = top_k, V = vocabulary_size.
+
+    `models`: a fingerprint of each expert's files. `hidden_sizes`: H_i, empty where hidden states were left out.
+    `prompts`: sha256 of the prompts file. `sources`: names of what wrote the responses. `settings`: all else that
+    decides which responses are planned and what they are.
+    """
+
+    format_version: int
+    experts: list[str]
+    models: list[str]
+    vocabulary_hash: str
+    vocabulary_size: int
+    top_k: int
+    hidden_sizes: list[int]
+    prompts: str
+    grader: str
+    sources: list[str]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One graded response of T tokens."""
+
+    task: int
+    prompt: int
+    prompt_id: str
+    source: int
+    temperature: float
+    reward: float
+    tokens: Array  # int32 [T]
+    topk_ids: Array  # int32 [T, E, K]
+    topk_logprobs: Array  # float32 [T, E, K]
+    hidden: list[Array]  # E times float [T, H_i], or none
+
+    @property
+    def nbytes(self) -> int:
+        """About what it takes in a shard."""
+        return self.topk_ids.nbytes + self.topk_logprobs.nbytes // 2 + 2 * sum(part.size for part in self.hidden)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest in `directory`. Raises RecordError."""
+    path = directory / MANIFEST
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except FileNotFoundError:
+        raise RecordError(f"{directory}: no records there (no {MANIFEST})") from None
+    except (OSError, msgspec.DecodeError) as error:
+        raise RecordError(f"{path}: {error}") from None
+    if manifest.format_version != FORMAT_VERSION:
+        raise RecordError(f"{path}: format version {manifest.format_version}, this program reads {FORMAT_VERSION}")
+    return manifest
+
+
+def difference(old: Manifest, new: Manifest) -> str | None:
+    """The first thing in which two manifests differ, as one line, or None."""
+    before, after = msgspec.to_builtins(old), msgspec.to_builtins(new)
+    before |= {f"settings.{key}": value for key, value in before.pop("settings").items()}
+    after |= {f"settings.{key}": value for key, value in after.pop("settings").items()}
+    for key in [*after, *(before.keys() - after.keys())]:
+        if before.get(key) != after.get(key):
+            return f"{key} was {_short(before.get(key))}, is now {_short(after.get(key))}"
+    return None
+
+
+def shards(directory: Path) -> list[Path]:
+    """The shards in `directory`, in order."""
+    return sorted(directory.glob("shard-*.safetensors"))
+
+
+@contextlib.contextmanager
+def open_shard(path: Path) -> Iterator[Any]:
+    """A shard as safetensors' lazy file of numpy arrays. Raises RecordError if it is damaged, or not of the manifest
+    beside it."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
+            if missing := {"digest", "ids", "manifest"} - header.keys():
+                raise RecordError(f"{path}: its header has no {', '.join(sorted(missing))}")
+            if header["manifest"] != _sha256(path.parent / MANIFEST):
+                raise RecordError(f"{path}: was recorded under another {MANIFEST} than the one beside it")
+            yield file
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        if isinstance(error, RecordError):
+            raise
+        raise RecordError(f"{path}: truncated or not a shard of records ({' '.join(str(error).split())})") from None
+
+
+def digest(tensors: dict[str, Array]) -> str:
+    """sha256 (hexadecimal) over all tensors' bytes, by name."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(np.ascontiguousarray(tensors[name]).data)
+    return found.hexdigest()
+
+
+class RecordWriter:
+    """Adds responses to the directory of a manifest, which may hold some already. One process at a time.
+
+    Raises RecordError if what is there was recorded under another manifest, is damaged, or is being written.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self._directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(directory)
+        try:
+            self._settle(manifest)
+            self.done = self._tasks()
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self._next = 1 + max((int(path.stem.removeprefix("shard-")) for path in shards(directory)), default=-1)
+        self._waiting: list[Response] = []
+        self._bytes = 0
+        self._since = time.monotonic()
+
+    def _settle(self, manifest: Manifest) -> None:
+        """Write the manifest, or find that it is there already."""
+        path = self._directory / MANIFEST
+        if path.exists():
+            if problem := difference(read_manifest(self._directory), manifest):
+                raise RecordError(f"{self._directory} holds records of another recording: {problem}")
+        elif shards(self._directory):
+            raise RecordError(f"{self._directory} has shards but no {MANIFEST}")
+        else:
+            _write(path, msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+
+    def _tasks(self) -> set[int]:
+        """The tasks whose responses are on disk."""
+        done: set[int] = set()
+        for path in shards(self._directory):
+            with open_shard(path) as file:
+                done.update(file.get_tensor("tasks").tolist())
+        return done
+
+    def add(self, response: Response) -> None:
+        """Keep a response; it is on disk at the latest after `SHARD_SECONDS` and the next call, or `close`."""
+        if not self._waiting:
+            self._since = time.monotonic()
+        self._waiting.append(response)
+        self._bytes += response.nbytes
+        if self._bytes >= SHARD_BYTES or time.monotonic() - self._since >= SHARD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits as one shard."""
+        if not self._waiting:
+            return
+        tensors = _tensors(self._waiting)
+        metadata = {
+            "digest": digest(tensors),
+            "ids": json.dumps([each.prompt_id for each in self._waiting]),
+            "manifest": _sha256(self._directory / MANIFEST),
+        }
+        _write(self._directory / f"shard-{self._next:05d}.safetensors", encode(tensors, metadata))
+        self.done.update(each.task for each in self._waiting)
+        self._next += 1
+        self._waiting, self._bytes = [], 0
+
+    def close(self) -> None:
+        """Write what waits and let others write."""
+        try:
+            self.flush()
+        finally:
+            os.close(self._lock)
+
+
+def _tensors(responses: list[Response]) -> dict[str, Array]:
+    def column(name: str, kind: Any) -> Array:
+        return np.array([getattr(each, name) for each in responses], kind)
+
+    tensors: dict[str, Array] = {
+        "topk_ids": np.concatenate([each.topk_ids for each in responses]).astype(np.int32),
+        "topk_logprobs": np.concatenate([each.topk_logprobs for each in responses]).astype(np.float16),
+        "tokens": np.concatenate([each.tokens for each in responses]).astype(np.int32),
+        "lengths": np.array([len(each.tokens) for each in responses], np.int32),
+        "rewards": column("reward", np.float32),
+        "tasks": column("task", np.int64),
+        "prompts": column("prompt", np.int32),
+        "sources": column("source", np.int32),
+        "temperatures": column("temperature", np.float32),
+    }
+    for index in range(len(responses[0].hidden)):
+        hidden = np.concatenate([each.hidden[index] for each in responses])
+        tensors[f"hidden.{index}"] = hidden.clip(-_HALF, _HALF).astype(np.float16)
+    return tensors
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _lock(directory: Path) -> int:
+    """Keep other writers out until the descriptor is closed."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise RecordError(f"{directory}: another process is recording there") from None
+    return descriptor
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

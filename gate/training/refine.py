@@ -1,0 +1,134 @@
+"""On-policy refinement: a group-relative policy gradient on the gate's own samples.
+
+Each step draws several responses to each of a few prompts from the fused policy, rewards whole responses, and moves the
+gate towards those better than their group. Where samples come from is the caller's (`Policy`): the samples of
+`polylogit train` come through a deployment, so that what is trained is what is served.
+"""
+
+import copy
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gate.contract import Contract
+from gate.model import GateModel
+from gate.training.curves import Point
+from gate.training.dataset import Batch, Records
+from gate.training.fit import Progress, finite
+from gate.training.objective import clipped_policy_loss, divergence, group_advantages, token_logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Refinement:
+    """Settings of the refinement; `epochs` updates are made on each step's samples, `divergence_weight` holds the gate
+    near the one it started from. `temperature` is of the samples, and so of the policy that learns from them. It ends
+    early when `patience` validations, one every `interval` steps, brought nothing better."""
+
+    steps: int
+    prompts: int = 32
+    group: int = 8
+    epochs: int = 4
+    learning_rate: float = 1e-3
+    clip: float = 0.2
+    divergence_weight: float = 0.01
+    temperature: float = 1.0
+    interval: int = 10
+    patience: int = 4
+
+
+class Policy(Protocol):
+    """The fused policy of a gate. Prompts are numbers."""
+
+    def load(self, model: GateModel) -> None:
+        """Sample from this gate from now on."""
+
+    def sample(self, prompts: list[int], copies: int, *, temperature: float, seed: int) -> Records:
+        """Graded responses, `copies` for each prompt, one prompt after the other."""
+
+
+def refine(
+    model: GateModel,
+    contract: Contract,
+    policy: Policy,
+    parts: tuple[list[int], list[int]],
+    settings: Refinement,
+    progress: Progress,
+    *,
+    seed: int,
+    report: Callable[[Progress], None],
+) -> None:
+    """Trains `model` in place on prompts `parts[0]`, from where `progress` is; the weights with the best greedy reward
+    on `parts[1]` are kept, the last ones without any. `report` is called after each step."""
+    training, validation = parts
+    start = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
+    if progress.model:
+        model.load_state_dict(progress.model)
+        optimizer.load_state_dict(progress.optimizer)
+    elif validation:
+        policy.load(model)
+        reward = float(policy.sample(validation, 1, temperature=0.0, seed=seed).rewards.mean())
+        progress.measure(model, reward)
+        progress.points.append(Point("refine", 0, validation=reward))
+    for step in range(progress.step + 1, settings.steps + 1):
+        if validation and progress.since >= settings.patience:
+            break
+        policy.load(model)
+        chosen = random.Random(f"{seed} {step}").sample(training, min(settings.prompts, len(training)))
+        made = policy.sample(chosen, settings.group, temperature=settings.temperature, seed=seed * 1_000_003 + step)
+        away = update(model, start, contract.space, made, settings, optimizer)
+        measured = None
+        if validation and (step % settings.interval == 0 or step == settings.steps):
+            policy.load(model)
+            measured = float(policy.sample(validation, 1, temperature=0.0, seed=seed).rewards.mean())
+            progress.measure(model, measured)
+        elif not validation:
+            progress.measure(model, step)
+        point = Point("refine", step, validation=measured, reward=float(made.rewards.mean()), divergence=away)
+        progress.points.append(point)
+        progress.keep(model, optimizer, step)
+        report(progress)
+    model.load_state_dict(progress.best)
+
+
+def update(
+    model: GateModel,
+    start: GateModel,
+    space: str,
+    made: Records,
+    settings: Refinement,
+    optimizer: torch.optim.Optimizer,
+) -> float | None:
+    """Learns from one step's samples; nats a token between the policy that drew them and `start`, None if no group had
+    both better and worse responses."""
+    advantages = group_advantages(made.rewards, settings.group)
+    useful = advantages.nonzero().squeeze(1)
+    if not len(useful):
+        return None
+    device = next(model.parameters()).device
+    batch = made.batch(useful, device)
+    gains = advantages[useful].to(device)
+    with torch.no_grad():
+        old, mask = token_logprobs(model, space, batch, settings.temperature)
+        first, _ = token_logprobs(start, space, batch, settings.temperature)
+        away = float(divergence(old, first, mask))
+    for _ in range(settings.epochs):
+        loss = _loss(model, space, batch, old, first, gains, settings)
+        finite(loss.item(), "a refinement's loss")
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return away
+
+
+def _loss(
+    model: GateModel, space: str, batch: Batch, old: Tensor, first: Tensor, gains: Tensor, settings: Refinement
+) -> Tensor:
+    now, mask = token_logprobs(model, space, batch, settings.temperature)
+    loss = clipped_policy_loss(now, old, mask, gains, settings.clip)
+    return loss + settings.divergence_weight * divergence(now, first, mask)

@@ -1,0 +1,1 @@
+"""HTTP itself: the strict server, middleware, bodies, faults, quotas, CORS, /openapi.json. Knows no completion."""

@@ -1,0 +1,104 @@
+"""What /openapi.json says about bodies and errors; the handlers read bodies themselves
+(`server.api.http.body`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from server.api.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeChatRequest,
+    TokenizeTextRequest,
+)
+from server.text.conversation import Body
+
+
+class ErrorInfo(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    error: ErrorInfo
+
+
+_WHY = {
+    400: "The request is wrong; `param` names the field.",
+    401: "No valid key.",
+    404: "No such model.",
+    413: "The body is too long.",
+    415: "The body is compressed or not JSON.",
+    429: "This key runs or starts too many requests; see Retry-After.",
+    500: "An expert or the gate was lost on the way.",
+    503: "Not ready, draining or the queue is full; see Retry-After.",
+}
+_QUESTION = [{"role": "user", "content": "Hello!"}]
+_CHAT = {"messages": _QUESTION, "max_tokens": 8}
+_TEXT = {"prompt": "Once upon a time", "max_tokens": 8}
+_EXAMPLES: dict[type[Body], dict[str, Any]] = {
+    ChatRequest: {"whole": _CHAT, "stream": {**_CHAT, "stream": True}},
+    CompletionRequest: {"whole": _TEXT, "stream": {**_TEXT, "stream": True}, "scores": {**_TEXT, "prompt_logprobs": 1}},
+    TokenizeTextRequest: {"text": {"prompt": "Hello!"}},
+    TokenizeChatRequest: {"chat": {"messages": _QUESTION}},
+    DetokenizeRequest: {"ids": {"tokens": [65, 66]}},
+}
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}, "description": "The answer; as server-sent events with `stream`."}
+}
+
+ANYWHERE = (400, 413, 415)  # what the server says of a request before it looks at what it is for
+READING = (*ANYWHERE, 401, 404)
+POSTING = (*READING, 429, 500, 503)
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Declared error responses: JSON, whatever a route else answers with."""
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{ErrorResponse.__name__}"}}}
+    return {status: {"content": content, "description": _WHY[status]} for status in sorted(statuses)}
+
+
+def body_of(*models: type[Body]) -> dict[str, Any]:
+    """The declared body of a route whose handler parses it."""
+    references = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in models]
+    schema = references[0] if len(references) == 1 else {"anyOf": references}
+    shown = {name: {"value": value} for model in models for name, value in _EXAMPLES[model].items()}
+    content = {"application/json": {"schema": schema, "examples": shown}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def describe(app: FastAPI, *bodies: type[Body]) -> None:
+    """Make `app.openapi` include the schemas of `bodies` and of errors."""
+    models: tuple[type[BaseModel], ...] = (*bodies, ErrorResponse)
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            _, definitions = models_json_schema(
+                [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
+            )
+            schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+            _drop_validation_errors(schema)
+            schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            schema["security"] = [{"key": []}]
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _drop_validation_errors(schema: dict[str, Any]) -> None:
+    """FastAPI declares a 422 for every parameter; here a wrong one is a 400."""
+    for methods in schema["paths"].values():
+        for operation in methods.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        schema["components"]["schemas"].pop(name, None)

@@ -1,0 +1,96 @@
+"""Regular expressions of a client's JSON schema that would cost too much, found by reading them once.
+
+Which constructs an expression may use is llguidance's to say (`server.api.tools.grammar`).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+MOST_CHARACTERS = 1024
+MOST_REPEATS = 10_000
+"""Atoms of an expression with its counted repetitions written out."""
+
+_TOKEN = re.compile(
+    r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\((?:\?P?<[^>=!]*>|\?[^<:)]*:?)?|\)|\||[*+?]|\{(\d+)(,?)(\d*)\}|.", re.DOTALL
+)
+
+
+@dataclass
+class _Branch:
+    """One alternative of a group. `fixed`: it has a part that occurs a bounded number of times; `loose`: one that may
+    occur without end; `ambiguous`: an alternative before this one was loose and not fixed."""
+
+    size: int = 0
+    fixed: bool = False
+    loose: bool = False
+    ambiguous: bool = False
+
+    @property
+    def is_ambiguous(self) -> bool:
+        return self.ambiguous or (self.loose and not self.fixed)
+
+    def add(self, atom: _Atom, least: int, most: int | None) -> None:
+        self.size += atom.size * max(least, most or 0, 1)
+        self.fixed |= most is not None and least > 0 and not atom.ambiguous
+        self.loose |= most is None or atom.ambiguous
+
+
+@dataclass
+class _Atom:
+    size: int = 1
+    ambiguous: bool = False
+
+
+def problem(pattern: str) -> str | None:
+    """Why `pattern` is refused: too long, too many repetitions, or a repetition of nothing but repetitions, as in
+    (a+)+, which matches one text in exponentially many ways. None if it is not."""
+    if len(pattern) > MOST_CHARACTERS:
+        return f"has more than {MOST_CHARACTERS} characters"
+    groups, atom = [_Branch()], None
+    for token in _TOKEN.finditer(pattern):
+        bounds = _bounds(token)
+        if bounds is not None and atom is not None:
+            if bounds[1] is None and atom.ambiguous:
+                return "repeats a repetition without end"
+            groups[-1].add(atom, *bounds)
+            atom = None
+        elif bounds is None:
+            if atom is not None:
+                groups[-1].add(atom, 1, 1)
+            atom = _enter(groups, token[0])
+        if groups[-1].size > MOST_REPEATS:
+            return f"has more than {MOST_REPEATS} repetitions"
+    return None
+
+
+def _enter(groups: list[_Branch], token: str) -> _Atom | None:
+    """Take a token that is no quantifier; the atom that it completes."""
+    if token.startswith("(") and len(groups) <= MOST_CHARACTERS:
+        groups.append(_Branch())
+        return None
+    if token == ")" and len(groups) > 1:
+        group = groups.pop()
+        return _Atom(group.size, group.is_ambiguous)
+    if token == "|":
+        groups[-1] = _Branch(groups[-1].size, ambiguous=groups[-1].is_ambiguous)
+        return None
+    return None if token in "^$" else _Atom()
+
+
+def _bounds(token: re.Match[str]) -> tuple[int, int | None] | None:
+    """(least, most) of a quantifier; None for any other token."""
+    match token[0]:
+        case "*":
+            return 0, None
+        case "+":
+            return 1, None
+        case "?":
+            return 0, 1
+    if token[1] is None:
+        return None
+    least = int(token[1])
+    if token[3]:
+        return least, int(token[3])
+    return least, None if token[2] else least

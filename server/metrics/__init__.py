@@ -1,0 +1,1 @@
+"""/metrics: what the api measures itself, and the coordinator's counters as metric families."""

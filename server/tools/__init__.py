@@ -1,0 +1,1 @@
+"""Commands beside serving: the benchmark, evaluation, and a monitor in the terminal."""

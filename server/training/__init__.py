@@ -1,0 +1,1 @@
+"""Learning through a deployment: graded, recorded responses, and gates trained on them."""

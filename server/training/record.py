@@ -1,0 +1,259 @@
+"""`polylogit record`: graded responses through the real deployment, recorded, for a gate to learn from.
+
+Every planned response is a task with a number; what is on disk already is not made again, so the same command goes on
+after an interruption. Responses are graded in threads while the engines go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from gate.contract import sha256_file
+from gate.evaluation.graders import Grader, load_grader
+from gate.evaluation.prompts import PromptsError, check_gradable, numbered_rows, read_prompts
+from gate.training.records import FORMAT_VERSION, Manifest, RecordWriter, Response
+from server.config import Config
+from server.errors import ConfigError
+from server.launch.check import check
+from server.policy import Gate, Policy, Single, needs_gate
+from server.training.recorder import (
+    fingerprints,
+    hidden_sizes,
+    load_gate,
+    model_files,
+    read_config,
+    recording_deployment,
+    reward_of,
+    seed_of,
+    to_response,
+    vocabulary_of,
+)
+from server.training.rollout import Rollout, Rollouts, Task, Texts
+
+GIVEN = ("answer", "response")
+"""Sources that are not drawn: the prompts file's answers, and a responses file's."""
+_GRADE_AHEAD = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All responses of a recording, in the order of their numbers. `source` is an index into `sources`."""
+
+    rows: list[dict[str, Any]]
+    sources: list[str]
+    policies: list[Policy]
+    given: list[list[tuple[int, str]]]  # for each row (source, text)
+    samples: int
+    temperature: float
+    seed: int
+
+    @property
+    def size(self) -> int:
+        drawn = len(self.rows) * self.samples * (len(self.policies) - sum(name in GIVEN for name in self.sources))
+        return drawn + sum(map(len, self.given))
+
+    def tasks(self, texts: Texts, done: set[int]) -> Iterator[tuple[Task, int, int]]:
+        """(task, row, source) for every number that is not `done`."""
+        number = -1
+        for row, given in enumerate(self.rows):
+            planned: list[tuple[int, str | None]] = list(self.given[row])
+            planned += [
+                (source, None)
+                for source, name in enumerate(self.sources)
+                if name not in GIVEN
+                for _ in range(self.samples)
+            ]
+            numbers = range(number + 1, number + 1 + len(planned))
+            number += len(planned)
+            if done.issuperset(numbers):
+                continue
+            prompts = texts.prompts(given)
+            for task, (source, text) in zip(numbers, planned, strict=True):
+                if task not in done:
+                    yield self._task(task, prompts, source, None if text is None else texts.response(text)), row, source
+
+    def _task(self, number: int, prompts: list[list[int]], source: int, given: list[int] | None) -> Task:
+        seed = seed_of(self.seed, number)
+        return Task(number, prompts, self.policies[source], self.temperature, seed, given or [])
+
+
+def record(options: argparse.Namespace) -> int:
+    """Run the command with parsed options; the exit code."""
+    config = read_config(options)
+    check(msgspec.structs.replace(config, gate=None))
+    grader = load_grader(options.grader)
+    plan = _plan(config, options)
+    check_gradable(plan.rows, grader)
+    gate = None if options.gate is None else load_gate(config, options.gate)
+    texts = Texts(config)
+    for row, given in zip(plan.rows, plan.given, strict=True):
+        texts.check(row, [text for _, text in given])
+    console = Console(stderr=True)
+    if isolation := getattr(grader, "isolation", None):
+        console.print(f"code runs in a sandbox: {isolation}", highlight=False, soft_wrap=True)
+    with closing(RecordWriter(options.output, _manifest(config, options, plan))) as writer:
+        left = plan.size - len(writer.done)
+        if not left:
+            console.print(f"{options.output}: all {plan.size} responses are there", highlight=False, soft_wrap=True)
+            return 0
+        with (
+            recording_deployment(config, _sizes(config, options.hidden), gate) as (deployment, _),
+            _bar(console) as bar,
+        ):
+            rollouts = Rollouts(
+                deployment,
+                stop_token_ids=texts.stop_token_ids,
+                max_tokens=options.max_tokens,
+                in_flight=2 * config.limits.sequences,
+            )
+            progress = bar.add_task("responses", total=plan.size, completed=len(writer.done))
+            rewards: dict[str, list[float]] = defaultdict(list)
+            for response in _graded(rollouts, plan, texts, grader, writer.done, _sizes(config, options.hidden)):
+                writer.add(response)
+                rewards[plan.sources[response.source]].append(response.reward)
+                bar.advance(progress)
+    console.print(_table(rewards))
+    print(f"{plan.size} responses -> {options.output}")
+    return 0
+
+
+def _sizes(config: Config, hidden: bool) -> list[int]:
+    return hidden_sizes(config) if hidden else []
+
+
+def _plan(config: Config, options: argparse.Namespace) -> Plan:
+    rows = read_prompts(options.prompts, options.limit)
+    policies = _policies(config, options)
+    given = _given(rows, options)
+    sources = [name for name, wanted in zip(GIVEN, (options.answers, options.responses), strict=True) if wanted]
+    everything: Policy = Single(config.expert_names[0])  # a given token is fused too, whatever for
+    return Plan(
+        rows=rows,
+        sources=sources + list(policies),
+        policies=[everything] * len(sources) + list(policies.values()),
+        given=[[(sources.index(source), text) for source, text in texts] for texts in given],
+        samples=options.samples,
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+
+
+def _policies(config: Config, options: argparse.Namespace) -> dict[str, Policy]:
+    """What draws responses: name -> policy."""
+    offered: dict[str, Policy] = {name: Single(name) for name in config.expert_names}
+    offered |= {name: policy for name, policy in config.policies.items() if not needs_gate(policy)}
+    names = list(offered) if options.policies is None else [name for name in options.policies.split(",") if name]
+    if unknown := [name for name in names if name not in offered]:
+        raise ConfigError(f"--policies: {unknown[0]!r} is not one of {', '.join(offered)} (a gate comes with --gate)")
+    chosen = {name: offered[name] for name in names}
+    for name in (*GIVEN, *([] if options.gate is None else ["gate"])):
+        if name in chosen:
+            other = "what other responses of a recording are called; rename it, or leave it out with --policies"
+            raise ConfigError(f"{name!r} (an expert or policy) is {other}")
+    if options.gate is not None:
+        chosen["gate"] = Gate()
+    if not chosen and not options.answers and options.responses is None:
+        raise ConfigError("--policies: names nothing, and there is no --gate, --answers or --responses")
+    return chosen
+
+
+def _given(rows: list[dict[str, Any]], options: argparse.Namespace) -> list[list[tuple[str, str]]]:
+    """For each row, (source, text) of the responses that are given."""
+    given: list[list[tuple[str, str]]] = [[] for _ in rows]
+    if options.answers:
+        for row, texts in zip(rows, given, strict=True):
+            if not isinstance(row.get("answer"), str):
+                raise PromptsError(f'--answers: prompt {row["id"]!r} has no "answer" (a string)')
+            texts.append(("answer", row["answer"]))
+    if options.responses is not None:
+        place = {row["id"]: number for number, row in enumerate(rows)}
+        for number, line in numbered_rows(options.responses):
+            if line.get("id") not in place or not isinstance(line.get("response"), str):
+                needed = 'needs the "id" of a prompt and "response" (a string)'
+                raise PromptsError(f"{options.responses}:{number}: {needed}")
+            given[place[line["id"]]].append(("response", line["response"]))
+    return given
+
+
+def _manifest(config: Config, options: argparse.Namespace, plan: Plan) -> Manifest:
+    files = model_files(config)
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        experts=config.expert_names,
+        models=fingerprints(config),
+        vocabulary_hash=vocabulary_of(config),
+        vocabulary_size=files[0].vocab_size,
+        top_k=min(config.top_k, files[0].vocab_size),
+        hidden_sizes=_sizes(config, options.hidden),
+        prompts=sha256_file(options.prompts),
+        grader=options.grader,
+        sources=plan.sources,
+        settings={
+            "limit": options.limit,
+            "samples": options.samples,
+            "temperature": options.temperature,
+            "max_tokens": options.max_tokens,
+            "seed": options.seed,
+            "policies": msgspec.to_builtins(plan.policies),
+            "missing": config.missing,
+            "responses": None if options.responses is None else sha256_file(options.responses),
+            "gate": None if options.gate is None else sha256_file(options.gate),
+        },
+    )
+
+
+def _graded(
+    rollouts: Rollouts, plan: Plan, texts: Texts, grader: Grader, done: set[int], sizes: list[int]
+) -> Iterator[Response]:
+    """Graded responses in the order in which they are graded; not many more than the graders can take are kept
+    waiting."""
+    of: dict[int, tuple[int, int]] = {}
+
+    def tasks() -> Iterator[Task]:
+        for task, row, source in plan.tasks(texts, done):
+            of[task.number] = (row, source)
+            yield task
+
+    def grade(rollout: Rollout) -> Response:
+        row, source = of.pop(rollout.task.number)
+        reward = reward_of(rollout, plan.rows[row], texts, grader)
+        return to_response(rollout, row, plan.rows[row]["id"], source, reward, sizes)
+
+    with ThreadPoolExecutor(grader.workers) as pool:
+        waiting: set[Future[Response]] = set()
+        for rollout in rollouts.run(tasks()):
+            waiting.add(pool.submit(grade, rollout))
+            if len(waiting) > _GRADE_AHEAD * grader.workers:
+                ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in ready)
+        yield from (future.result() for future in waiting)
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _table(rewards: dict[str, list[float]]) -> Table:
+    table = Table("source", "responses", "mean reward")
+    for source, values in sorted(rewards.items()):
+        table.add_row(source, str(len(values)), f"{np.mean(values):.3f}")
+    return table

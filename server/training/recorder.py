@@ -1,0 +1,132 @@
+"""The deployment as a recorder: started with a recording gate, so that what every expert shows comes back with each
+response; and what is written down of the experts and of each response.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from gate import checkpoint
+from gate.contract import CheckpointError, Contract, mismatches, vocabulary_hash
+from gate.evaluation.graders import Grader
+from gate.recording import uniform_gate, wrap
+from gate.training.records import Response
+from server.config import Config, GateConfig, Logging, load_config
+from server.launch.local import LocalDeployment
+from server.text.model_files import ModelFiles, fingerprint, read_model_files
+from server.training.rollout import Rollout, Texts
+
+Inner = tuple[Any, Contract]
+"""A gate as a module, and its contract."""
+
+
+@contextmanager
+def recording_deployment(
+    config: Config, sizes: list[int], gate: Inner | None
+) -> Iterator[tuple[LocalDeployment, Path]]:
+    """The deployment, started to decode with `gate` (or none) instead of its own and to show hidden states of `sizes`
+    (none: it does not show them); (it, a directory for checkpoints). Raises StartError."""
+    with tempfile.TemporaryDirectory(prefix="polylogit-") as directory:
+        file = Path(directory) / "recording.pt"
+        if sizes or gate is not None:
+            save_for_recording(config, sizes, gate, file)
+        limits = msgspec.structs.replace(config.limits, queue=max(config.limits.queue, config.limits.sequences))
+        chosen = GateConfig(str(file), on_failure="fail") if file.exists() else None
+        # "wait": rows of a lost expert must not be left out of what a gate learns from.
+        served = msgspec.structs.replace(config, gate=chosen, limits=limits, on_expert_loss="wait")
+        with LocalDeployment(served) as deployment:
+            yield deployment, Path(directory)
+
+
+def save_for_recording(config: Config, sizes: list[int], gate: Inner | None, path: Path) -> None:
+    """Write `gate`, inside a recording gate if there are hidden states to show. Raises CheckpointError."""
+    module, contract = gate or uniform_gate(config.expert_names, vocabulary_of(config), config.top_k)
+    if sizes:
+        wrap(module, contract, sizes, path)
+    else:
+        checkpoint.save(module, contract, path)
+
+
+def load_gate(config: Config, path: Path) -> Inner:
+    """The checkpoint at `path`. Raises CheckpointError if it is not for these experts."""
+    loaded = checkpoint.load(path)
+    problems = mismatches(
+        loaded.contract,
+        experts=config.expert_names,
+        vocabulary_hash=vocabulary_of(config),
+        top_k=config.top_k,
+        hidden_sizes=hidden_sizes(config),
+    )
+    if problems:
+        raise CheckpointError(f"{path}: {'; '.join(problems)}")
+    return loaded.module, loaded.contract
+
+
+def read_config(options: argparse.Namespace) -> Config:
+    """The configuration of a command with a progress bar: its processes log what goes wrong, unless told otherwise.
+
+    Raises ConfigError.
+    """
+    config = load_config(options.config)
+    chosen = Logging(options.log_format or config.logging.format, options.log_level or "warning")
+    return msgspec.structs.replace(config, logging=chosen)
+
+
+def hidden_sizes(config: Config) -> list[int]:
+    """H_i of each expert."""
+    return [files.hidden_size for files in model_files(config)]
+
+
+def vocabulary_of(config: Config) -> str:
+    """The hash of the experts' vocabulary."""
+    return vocabulary_hash(config.path(config.experts[0].model) / "tokenizer.json")
+
+
+def fingerprints(config: Config) -> list[str]:
+    """What tells one expert from another, for each."""
+    return [
+        fingerprint(files, [expert.dtype, expert.system_prompt, _template(config, expert.chat_template)])
+        for files, expert in zip(model_files(config), config.experts, strict=True)
+    ]
+
+
+def _template(config: Config, file: str | None) -> str | None:
+    return None if file is None else config.path(file).read_text(encoding="utf-8")
+
+
+def model_files(config: Config) -> list[ModelFiles]:
+    return [read_model_files(config.path(expert.model), weights=False) for expert in config.experts]
+
+
+def seed_of(seed: int, number: int) -> int:
+    """The 64-bit seed of response `number`."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])
+
+
+def reward_of(rollout: Rollout, row: dict[str, Any], texts: Texts, grader: Grader) -> float:
+    """What the grader gives; 0 for a response that was cut at its most tokens."""
+    return grader(row, texts.text(rollout.tokens.tolist())) if rollout.finished else 0.0
+
+
+def to_response(rollout: Rollout, row: int, name: str, source: int, reward: float, sizes: list[int]) -> Response:
+    """A rollout with its reward, as it is kept. `sizes`: H_i of each expert, empty to leave hidden states out."""
+    return Response(
+        task=rollout.task.number,
+        prompt=row,
+        prompt_id=name,
+        source=source,
+        temperature=rollout.task.temperature,
+        reward=reward,
+        tokens=rollout.tokens,
+        topk_ids=rollout.ids,
+        topk_logprobs=rollout.logprobs,
+        hidden=[rollout.projected[:, index, :size] for index, size in enumerate(sizes)],
+    )

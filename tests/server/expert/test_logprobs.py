@@ -1,0 +1,79 @@
+"""What a worker says of logits, against scipy over the whole vocabulary."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax
+
+from server.expert.logprobs import statistics
+
+
+def logits(rows: int = 5, vocabulary: int = 30, seed: int = 0) -> torch.Tensor:
+    return 4 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed))
+
+
+def whole(values: torch.Tensor) -> np.ndarray:
+    """float64[B, V] log-probabilities."""
+    return log_softmax(values.double().numpy(), axis=-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_best_are_normalised_over_the_whole_vocabulary(dtype):
+    values = logits().to(dtype)
+    ids, logprobs = statistics(values).top_k(7)
+    expected = whole(values)
+    assert ids.shape == logprobs.shape == (5, 7)
+    assert logprobs.dtype == torch.float32
+    np.testing.assert_allclose(logprobs.numpy(), -np.sort(-expected, axis=1)[:, :7], atol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(expected, ids.numpy(), 1), logprobs.numpy(), atol=1e-5)
+
+
+def test_a_list_is_never_longer_than_the_vocabulary():
+    ids, logprobs = statistics(logits(vocabulary=4)).top_k(7)
+    assert ids.shape == logprobs.shape == (5, 4)
+    assert ids.sort(dim=1).values.tolist() == [[0, 1, 2, 3]] * 5
+
+
+def test_each_row_is_divided_by_its_temperature():
+    values, heat = logits(3), torch.tensor([[0.5], [1.0], [3.0]])
+    found = statistics(values, heat).gather(torch.arange(30).expand(3, -1))
+    np.testing.assert_allclose(found.numpy(), whole(values.double() / heat.double()), atol=1e-4)
+
+
+def test_ids_that_are_named():
+    values = logits(2)
+    found = statistics(values).gather(torch.tensor([[3, -1, 29], [-1, -1, 0]])).numpy()
+    expected = whole(values)
+    np.testing.assert_allclose(found[0, [0, 2]], expected[0, [3, 29]], atol=1e-5)
+    assert found[1, 2] == pytest.approx(expected[1, 0], abs=1e-5)
+    assert (found[[0, 1, 1], [1, 0, 1]] == -np.inf).all()
+
+
+def test_a_grammar_mask_stays():
+    values = logits(1)
+    values[0, 2:] = -torch.inf
+    ids, logprobs = statistics(values).top_k(4)
+    assert set(ids[0, :2].tolist()) == {0, 1}
+    assert logprobs[0, :2].exp().sum().item() == pytest.approx(1, abs=1e-5)
+    assert logprobs[0, 2:].tolist() == [-np.inf, -np.inf]
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_a_row_without_a_distribution_shows_it(value):
+    values = logits(2)
+    values[0] = value
+    found = statistics(values).gather(torch.tensor([[0, 1], [0, 1]]))
+    assert not torch.isfinite(found[0]).any() and torch.isfinite(found[1]).all()
+
+
+def test_some_rows_and_a_copy_that_outlives_the_step():
+    values = logits(4)
+    expected = whole(values)
+    figures = statistics(values)
+    every = torch.arange(30)[None]
+    np.testing.assert_allclose(figures.rows([3, 0]).gather(every.expand(2, -1)).numpy(), expected[[3, 0]], atol=1e-5)
+    copy = figures.row(2)
+    values.fill_(-torch.inf)  # as the engine does when the token is known
+    np.testing.assert_allclose(copy.gather(every).numpy(), expected[2:3], atol=1e-5)

@@ -1,0 +1,288 @@
+"""`polylogit check` over copies of the demo's experts, each with one thing wrong."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from gate.contract import CONTRACT_ENTRY, Contract, encode_contract, sha256_file, vocabulary_hash
+from server.config import Config, load_config, parse_config
+from server.errors import StartError
+from server.launch.check import check, check_port
+from tests.support.paths import DEMO
+
+NAMES = ["math", "text", "chat"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Copies of the demo's experts, with empty files for the weights: nothing may load them."""
+    for name in NAMES:
+        source, target = DEMO / "experts" / name, tmp_path / name
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
+        (target / "model.safetensors").touch()
+    return tmp_path
+
+
+def config(folder: Path, *, expert: dict | None = None, **settings) -> Config:
+    """Three experts; `expert` changes the second."""
+    experts = [{"name": name, "model": name} for name in NAMES]
+    experts[1] |= expert or {}
+    return parse_config({"name": "demo", "experts": experts, **settings}, directory=folder)
+
+
+def problem(given: Config) -> str:
+    with pytest.raises(StartError) as raised:
+        check(given)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def edit(path: Path, **changes) -> None:
+    """Change keys of a JSON file; None takes one out."""
+    data = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
+
+
+def test_the_demo_is_right():
+    lines = check(load_config(DEMO / "polylogit.yaml"))
+    assert [line.split(":")[0] for line in lines[:3]] == [f"expert {name}" for name in NAMES]
+    assert any(line.startswith("vocabulary: the same in all experts") for line in lines)
+    assert "devices: no conflicts" in lines
+    assert any(line.startswith("gate: ") for line in lines)
+
+
+def test_every_expert_is_described(folder):
+    lines = check(config(folder))
+    facts = json.loads((folder / "text" / "config.json").read_text())
+    assert (
+        f"expert text: {facts['architectures'][0]}, vocabulary {facts['vocab_size']},"
+        f" context {facts['max_position_embeddings']}"
+    ) in lines
+    assert lines[-1] == "gate: none"
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda text: shutil.rmtree(text), "no such model directory"),
+        (lambda text: (text / "config.json").unlink(), "has no config.json"),
+        (lambda text: (text / "config.json").write_text("{"), "config.json: not JSON"),
+        (lambda text: (text / "config.json").write_text("[]"), "must be a JSON object"),
+        (lambda text: edit(text / "config.json", vocab_size=None), "vocab_size is missing"),
+        (lambda text: edit(text / "config.json", hidden_size="128"), "hidden_size is missing or not a positive"),
+        (lambda text: (text / "tokenizer.json").unlink(), "has no tokenizer.json"),
+        (lambda text: (text / "tokenizer.json").write_text("{}"), "tokenizer.json"),
+        (lambda text: (text / "model.safetensors").unlink(), "has no weights"),
+    ],
+)
+def test_a_damaged_model_is_named(folder, damage, words):
+    damage(folder / "text")
+    message = problem(config(folder))
+    assert message.startswith("expert text: ") and words in message
+
+
+def test_different_vocabularies_cannot_be_fused(folder):
+    path = folder / "chat" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    added = tokenizer["added_tokens"]
+    added[0]["content"], added[1]["content"] = added[1]["content"], added[0]["content"]
+    path.write_text(json.dumps(tokenizer))
+    message = problem(config(folder))
+    assert "experts math and chat have different vocabularies" in message
+    assert vocabulary_hash(folder / "math" / "tokenizer.json")[:12] in message
+
+
+def test_different_sizes_of_one_vocabulary(folder):
+    edit(folder / "text" / "config.json", vocab_size=300)
+    message = problem(config(folder))
+    assert "vocab_size differs" in message and "text: 300" in message
+
+
+def test_a_context_longer_than_the_models(folder):
+    message = problem(config(folder, expert={"max_model_len": 5000}))
+    assert message.startswith("expert text: max_model_len 5000 exceeds the model's ")
+    limit = json.loads((folder / "text" / "config.json").read_text())["max_position_embeddings"]
+    assert check(config(folder, expert={"max_model_len": limit}))
+
+
+def test_a_chat_template_that_is_not_there(folder):
+    assert (
+        problem(config(folder, expert={"chat_template": "own.jinja"})) == "expert text: no chat template at own.jinja"
+    )
+    (folder / "own.jinja").touch()
+    assert check(config(folder, expert={"chat_template": "own.jinja"}))
+
+
+def test_two_experts_on_one_gpu(folder):
+    experts = [
+        {"name": "math", "model": "math", "device": "cuda", "gpus": [0, 1], "tensor_parallel_size": 2},
+        {"name": "text", "model": "text", "device": "cuda", "gpus": [1]},
+    ]
+    given = parse_config({"name": "demo", "experts": experts}, directory=folder)
+    assert problem(given) == "expert text: gpus: 1 is also expert math's"
+
+
+class Nvml:
+    """The driver's library, where `count` GPUs are; None: its kernel module does not answer."""
+
+    def __init__(self, count: int | None) -> None:
+        self.count = count
+        self.open = 0
+
+    def nvmlInit_v2(self) -> int:
+        self.open += self.count is not None
+        return 0 if self.count is not None else 9
+
+    def nvmlDeviceGetCount_v2(self, count) -> int:
+        assert self.open
+        count._obj.value = self.count
+        return 0
+
+    def nvmlShutdown(self) -> int:
+        self.open -= 1
+        return 0
+
+
+def on_gpus(folder: Path) -> Config:
+    """Two experts on GPUs here, math on 2 and text on the next free ones; a third elsewhere."""
+    experts = [
+        {"name": "math", "model": "math", "device": "cuda", "gpus": [2]},
+        {"name": "text", "model": "text", "device": "cuda", "tensor_parallel_size": 2},
+        {"name": "chat", "model": "chat", "device": "cuda", "gpus": [7], "address": "10.0.0.2:8100"},
+    ]
+    (folder / "key").write_text("k" * 64)
+    data = {"name": "demo", "experts": experts, "cluster_key_file": "key"}
+    return parse_config(data, directory=folder)
+
+
+@pytest.mark.parametrize(
+    ("count", "host", "found"),
+    [
+        (3, None, "gpus: 3 of 3"),
+        (8, "10.0.0.2", "gpus: 1 of 8"),
+        (2, None, "expert math: gpus: there is no GPU 2 (found: 2)"),
+        (1, None, "expert text: gpus: there is no GPU 1 (found: 1)"),
+        (3, "10.0.0.2", "expert chat: gpus: there is no GPU 7 (found: 3)"),
+        (None, None, "gpus: warning: cannot see any GPU driver: those of math, text not checked"),
+    ],
+)
+def test_gpus_are_counted(folder, monkeypatch, count, host, found):
+    """Those of the host that this is; also those that an expert takes without naming them."""
+    driver = Nvml(count)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    if found.startswith("expert"):
+        with pytest.raises(StartError) as raised:
+            check(on_gpus(folder), host)
+        assert str(raised.value) == found
+    else:
+        assert found in check(on_gpus(folder), host)
+    assert not driver.open
+
+
+def test_a_host_without_a_driver(folder, monkeypatch):
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert "gpus: warning: cannot see any GPU driver: those of math, text not checked" in check(on_gpus(folder))
+    assert not [line for line in check(config(folder)) if line.startswith("gpus")]
+
+
+def test_a_core_that_is_not_there(folder):
+    absent = max(os.sched_getaffinity(0)) + 1
+    assert problem(config(folder, expert={"cpus": [absent]})) == f"expert text: cpus: this process has no core {absent}"
+
+
+# --- the gate ---
+
+
+def gate(folder: Path, **changes) -> Path:
+    """An archive with nothing but a contract, which is all that `check` may read."""
+    hidden = json.loads((folder / "math" / "config.json").read_text())["hidden_size"]
+    contract = {
+        "format_version": 1,
+        "experts": NAMES,
+        "vocabulary_hash": vocabulary_hash(folder / "math" / "tokenizer.json"),
+        "top_k": 32,
+        "space": "logprob",
+        "inputs": ["topk", "hidden"],
+        "hidden_sizes": [hidden] * 3,
+        "projected_size": 4,
+        "state_size": 0,
+    }
+    path = folder / "gate.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"gate/extra/{CONTRACT_ENTRY}", encode_contract(Contract(**(contract | changes))))
+    return path
+
+
+def gated(folder: Path, **fields) -> Config:
+    policies = {"gate": {}}
+    return config(folder, gate={"file": "gate.pt", **fields}, policies=policies, default_policy="gate")
+
+
+def test_a_gate_that_fits(folder):
+    path = gate(folder)
+    assert check(gated(folder))[-1] == (
+        "gate: fits (logprob space, inputs topk and hidden; warning: sha256 not pinned, and TorchScript is code)"
+    )
+    assert check(gated(folder, sha256=sha256_file(path)))[-1].endswith("; sha256 pinned)")
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"experts": ["text", "math", "chat"]}, "experts"),
+        ({"experts": ["math", "text", "code"]}, "experts"),
+        ({"vocabulary_hash": "0" * 64}, "vocabulary_hash"),
+        ({"top_k": 16}, "top_k"),
+        ({"hidden_sizes": [128, 64, 128]}, "hidden_sizes"),
+    ],
+)
+def test_a_gate_for_another_deployment_names_the_field(folder, changes, field):
+    gate(folder, **changes)
+    message = problem(gated(folder))
+    assert message.startswith(f"gate gate.pt: {field}: the gate expects ")
+    assert ";" not in message
+
+
+def test_a_gate_that_differs_in_several_ways_names_them_all(folder):
+    gate(folder, top_k=16, vocabulary_hash="0" * 64)
+    message = problem(gated(folder))
+    assert "vocabulary_hash: " in message and "; top_k: the gate expects 16, the deployment has 32" in message
+
+
+def test_a_gate_that_is_not_the_pinned_one(folder):
+    path = gate(folder)
+    message = problem(gated(folder, sha256="0" * 64))
+    assert message == f"gate gate.pt: sha256 is {sha256_file(path)}, the configuration says {'0' * 64}"
+
+
+def test_a_gate_that_is_cut_off_or_is_none(folder):
+    path = gate(folder)
+    path.write_bytes(path.read_bytes()[:-40])
+    assert "not a readable TorchScript archive" in problem(gated(folder))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("gate/data.pkl", b"")
+    assert "not a gate checkpoint" in problem(gated(folder))
+    path.unlink()
+    assert "no gate checkpoint at" in problem(gated(folder))
+
+
+def test_a_port_that_is_taken(folder):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen(1)
+        port = taken.getsockname()[1]
+        with pytest.raises(StartError, match=f"cannot listen on 127.0.0.1:{port}"):
+            check_port(config(folder, http={"port": port}))
+    check_port(config(folder, http={"port": 0}))

@@ -1,0 +1,113 @@
+"""What the supervisor's tests start instead of the real processes: small targets for fresh interpreters."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from server import logs
+from server.config import Config, Logging
+from server.errors import EngineError, StartError
+from server.placement import Placement
+from server.wire.api import FromApi, ToApi
+from server.wire.base import Stop
+from server.wire.channel import Channel, endpoint
+from server.wire.supervisor import (
+    CoordinatorReady,
+    Drain,
+    Drained,
+    FromSupervisor,
+    RemoteNote,
+    RestartExpert,
+    ToSupervisor,
+)
+
+SECONDS = 30.0
+
+
+def explain() -> None:
+    raise StartError("the model is not there")
+
+
+def crash() -> None:
+    raise ValueError("several\n  words\ton two lines")
+
+
+def leave(code: int) -> None:
+    sys.exit(code)
+
+
+def linger(ready: str) -> None:
+    """Say so with a file, then wait."""
+    Path(ready).touch()
+    time.sleep(SECONDS)
+
+
+def write_and_abort() -> None:
+    logs.configure(Logging(format="json"), "expert a")
+    logging.getLogger("polylogit").info("a line")
+    print("printed", flush=True)
+    os.write(2, b"from C\n\nunfinished")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def raise_signal(number: int) -> None:
+    signal.raise_signal(number)
+
+
+def coordinator(config: Config, directory: Path) -> None:
+    """Is ready at once, writes down what the supervisor says, and hands on `config.example_prompt`: an expert to be
+    restarted as soon as everything runs, or a reason to die."""
+    api: Channel[FromApi, ToApi] = Channel(endpoint(directory, "api"), FromApi, bind=True)
+    control: Channel[FromSupervisor, ToSupervisor] = Channel(endpoint(directory, "control"), FromSupervisor, bind=True)
+    if config.example_prompt == "coordinator dies":
+        raise StartError("the experts' vocabularies differ")
+    if config.example_prompt == "unreachable":
+        control.send(RemoteNote(1, "10.0.0.2:8100: Connection refused"))
+    elif config.example_prompt != "never ready":
+        control.send(CoordinatorReady())
+    if config.example_prompt == "restart a":
+        control.send(RestartExpert(1, 7, "stale: there is no such generation"))
+        control.send(RestartExpert(0, 0, "no answer for 60 s"))
+    with (config.path("heard.txt")).open("a", encoding="utf-8") as heard:
+        while True:
+            if (message := control.receive(SECONDS)) is None:
+                break
+            print(message, file=heard, flush=True)
+            control.flush()  # the supervisor is there: it can be told
+            (directory / "ready").touch()
+            match message:
+                case Drain():
+                    control.send(Drained())
+                case Stop():
+                    break
+    api.send(Stop())
+    (directory / "stopped").touch()
+    api.close()
+    control.close()
+
+
+def api(config: Config, address: str, listener: object) -> None:
+    channel: Channel[ToApi, FromApi] = Channel(address, ToApi, bind=False)
+    channel.receive(SECONDS)
+    channel.close()
+
+
+def expert(config: Config, place: Placement, directory: Path, listener: object) -> None:
+    """Dies as its model's name says: `at-once`, `always` after a while, `once` after a while; else lives."""
+    model = config.experts[place.expert].model
+    deadline = time.monotonic() + SECONDS
+    config.path(f"{config.experts[place.expert].name}-{place.generation}.pid").write_text(str(os.getpid()))
+    if model == "at-once":
+        raise EngineError("out of memory")
+    if model == "always" or (model == "once" and place.generation == 0):
+        while not (directory / "ready").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.3)  # so that the supervisor knows it too
+        raise EngineError("CUDA error")
+    while not (directory / "stopped").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
