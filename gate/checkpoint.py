@@ -19,7 +19,7 @@ from gate.contract import CONTRACT_ENTRY, CheckpointError, Contract, encode_cont
 _DEPRECATED = r"`torch\.jit\.(script|save|load|script_method|freeze|export)`"
 
 
-class Gate:
+class Checkpoint:
     """A loaded checkpoint, in eval mode. B rows, E experts, K listed candidates, d projected, S state."""
 
     def __init__(self, module: Any, contract: Contract, device: str) -> None:
@@ -59,7 +59,7 @@ def save(module: nn.Module, contract: Contract, path: Path) -> None:
         torch.jit.script(module.eval()).save(str(path), _extra_files=extra)  # type: ignore[no-untyped-call]
 
 
-def load(path: Path, device: str = "cpu", sha256: str | None = None) -> Gate:
+def load(path: Path, device: str = "cpu", sha256: str | None = None) -> Checkpoint:
     """Loads a checkpoint. Raises CheckpointError when missing, corrupt, without a valid contract, or not the file that
     `sha256` (hexadecimal) pins."""
     contract = read_contract(path)
@@ -72,7 +72,7 @@ def load(path: Path, device: str = "cpu", sha256: str | None = None) -> Gate:
         raise CheckpointError(f"{path} is not a readable TorchScript archive: {error}") from error
     if not hasattr(module, "project"):
         raise CheckpointError(f"{path} has no method `project`; it is not a gate checkpoint")
-    return Gate(module, contract, device)
+    return Checkpoint(module, contract, device)
 
 
 def _unprofiled() -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gate.errors import GateError
 from server import __version__, logs
-from server.config import Logging
+from server.config import LoggingConfig
 from server.errors import PolylogitError
 from server.tools.evaluate import Commands
 from server.training import cli as training
@@ -20,7 +20,7 @@ from server.training import cli as training
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit code."""
     options = _parser().parse_args(arguments)
-    logs.configure(_logging(options, Logging()), "polylogit")
+    logs.configure(_logging(options, LoggingConfig()), "polylogit")
     try:
         return int(options.run(options))
     except (PolylogitError, GateError) as error:
@@ -34,9 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _logging(options: argparse.Namespace, configured: Logging) -> Logging:
+def _logging(options: argparse.Namespace, configured: LoggingConfig) -> LoggingConfig:
     """As configured, or as the command line says."""
-    return Logging(options.log_format or configured.format, options.log_level or configured.level)
+    return LoggingConfig(options.log_format or configured.format, options.log_level or configured.level)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -129,14 +129,14 @@ class HttpConfig(_Struct, frozen=True):
     write_seconds: Seconds = 60.0
 
 
-class Logging(_Struct, frozen=True):
+class LoggingConfig(_Struct, frozen=True):
     """`format`: lines for people, or one JSON object a line. Libraries' lines below `warning` are never shown."""
 
     format: Literal["text", "json"] = "text"
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
-class Tracing(_Struct, frozen=True):
+class TracingConfig(_Struct, frozen=True):
     """`endpoint`: where OpenTelemetry spans go, by OTLP over HTTP: http://collector:4318. Without it the variable
     OTEL_EXPORTER_OTLP_ENDPOINT (or ..._TRACES_ENDPOINT) says where; without both nothing is traced."""
 
@@ -168,8 +168,8 @@ class Config(_Struct, frozen=True):
     cluster_key_file: str | None = None
     limits: Limits = Limits()
     http: HttpConfig = HttpConfig()
-    logging: Logging = Logging()
-    tracing: Tracing = Tracing()
+    logging: LoggingConfig = LoggingConfig()
+    tracing: TracingConfig = TracingConfig()
     directory: str = "."
 
     @property

@@ -18,13 +18,13 @@ from typing import Any
 
 import msgspec
 
-from server.config import Logging
+from server.config import LoggingConfig
 
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 """The id of the request that this task serves."""
 
 
-def configure(logging_config: Logging, process: str) -> None:
+def configure(logging_config: LoggingConfig, process: str) -> None:
     """Have this process log to stderr, in this way instead of an earlier one. What it calls itself is `process`."""
     handler = _ToStderr()
     handler.setFormatter(JsonLines(process) if logging_config.format == "json" else TextLines(process))

@@ -30,7 +30,7 @@ def write(
     plot_efficiency(few, efficiency, folder / "data-efficiency.png")
 
 
-def plot_efficiency(table: report.Table, counts: dict[str, int], path: Path) -> None:
+def plot_efficiency(table: report.ResultTable, counts: dict[str, int], path: Path) -> None:
     """Accuracy against the number of graded responses, a line a domain, shaded by its interval."""
     from matplotlib.figure import Figure
 

@@ -23,7 +23,7 @@ PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2)  # squared weights, chosen on a fifth of th
 
 
 @dataclass(frozen=True, slots=True)
-class Router:
+class PromptRouter:
     """A linear score a model; the best one answers. `weight` [M, WIDTH], `bias` [M]."""
 
     weight: Tensor
@@ -45,7 +45,7 @@ def prompt_features(questions: list[Question]) -> Tensor:
     return nn.functional.normalize(counts.log1p(), dim=1)
 
 
-def fit_router(features: Tensor, right: Tensor, seed: int = 0) -> Router:
+def fit_router(features: Tensor, right: Tensor, seed: int = 0) -> PromptRouter:
     """From features [Q, WIDTH] and `right` [Q, M], 0 or 1; the penalty is the best on a fifth of the prompts."""
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
     held, kept = order[: len(order) // 5], order[len(order) // 5 :]
@@ -73,7 +73,7 @@ def _picked(chosen: list[Answers]) -> Answers:
     return Answers(texts, [answers.right[i] for i, answers in enumerate(chosen)], served_by="one of several, by prompt")
 
 
-def _logistic(features: Tensor, right: Tensor, penalty: float) -> Router:
+def _logistic(features: Tensor, right: Tensor, penalty: float) -> PromptRouter:
     """Independent logistic regressions, all at once, by L-BFGS from zero."""
     weight = torch.zeros(right.size(1), features.size(1), requires_grad=True)
     bias = torch.zeros(right.size(1), requires_grad=True)
@@ -87,7 +87,7 @@ def _logistic(features: Tensor, right: Tensor, penalty: float) -> Router:
         return loss
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return Router(weight.detach(), bias.detach())
+    return PromptRouter(weight.detach(), bias.detach())
 
 
 def labels(results: Results, models: list[str]) -> Tensor:

@@ -42,7 +42,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class ModelReply:
     """What a model answered to one question. `cut`: it ended at its most tokens."""
 
     text: str
@@ -88,10 +88,10 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
     return list(found.values())
 
 
-def graded(grader: Grader, questions: list[Question], replies: list[Reply]) -> list[int]:
+def graded(grader: Grader, questions: list[Question], replies: list[ModelReply]) -> list[int]:
     """1 for each reply that `grader` gives at least one half, else 0, as for one that was cut."""
 
-    def reward(question: Question, reply: Reply) -> float:
+    def reward(question: Question, reply: ModelReply) -> float:
         return 0.0 if reply.cut else grader(question.row, reply.text)
 
     with ThreadPoolExecutor(grader.workers) as threads:
@@ -148,7 +148,7 @@ def key_header() -> dict[str, str]:
     return {"authorization": f"Bearer {key}"} if key else {}
 
 
-async def ask(client: httpx.AsyncClient, model: str, question: Question, max_tokens: int) -> Reply:
+async def ask(client: httpx.AsyncClient, model: str, question: Question, max_tokens: int) -> ModelReply:
     """One greedy chat completion. The row's tools are shown, as in a recording, but what calls them is text to grade.
 
     Raises EvaluationError with the server's reply when refused.
@@ -164,7 +164,7 @@ async def ask(client: httpx.AsyncClient, model: str, question: Question, max_tok
         raise EvaluationError(f"{model}, prompt {question.number}: {response.status_code} {response.text[:300]}")
     reply = response.json()
     choice, tokens = reply["choices"][0], reply.get("usage", {}).get("completion_tokens", 0)
-    return Reply(choice["message"]["content"] or "", tokens, choice.get("finish_reason") == "length")
+    return ModelReply(choice["message"]["content"] or "", tokens, choice.get("finish_reason") == "length")
 
 
 async def answers(
@@ -181,7 +181,7 @@ async def answers(
     places = asyncio.Semaphore(concurrency)
     began = time.perf_counter()
 
-    async def guarded(question: Question) -> Reply:
+    async def guarded(question: Question) -> ModelReply:
         async with places:
             reply = await ask(client, model, question, max_tokens)
         progress()

@@ -36,7 +36,7 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ExplainedAnswer:
     """An answer to one prompt, token by token."""
 
     model: str
@@ -49,7 +49,7 @@ class Answer:
         return [PALETTE[index % len(PALETTE)] for index in range(len(self.experts))]
 
 
-def ask(url: str, model: str | None, prompt: str, max_tokens: int) -> Answer:
+def ask(url: str, model: str | None, prompt: str, max_tokens: int) -> ExplainedAnswer:
     """The greedy answer of the endpoint at `url` (which ends in /v1). Raises EvaluationError."""
     body: dict[str, Any] = {
         "messages": [{"role": "user", "content": prompt}],
@@ -69,16 +69,16 @@ def ask(url: str, model: str | None, prompt: str, max_tokens: int) -> Answer:
     return from_completion(prompt, response.json())
 
 
-def from_completion(prompt: str, reply: dict[str, Any]) -> Answer:
-    """An OpenAI chat completion object to an Answer. Raises EvaluationError where it carries no expert weights."""
+def from_completion(prompt: str, reply: dict[str, Any]) -> ExplainedAnswer:
+    """What an OpenAI chat completion object says. Raises EvaluationError where it carries no expert weights."""
     content = (reply["choices"][0].get("logprobs") or {}).get("content") or []
     if not content or any("expert_weights" not in entry for entry in content):
         raise EvaluationError("the answer carries no expert_weights: is this a polylogit server?")
     experts = list(content[0]["expert_weights"])
-    return Answer(reply["model"], prompt, experts, [_token(entry) for entry in content])
+    return ExplainedAnswer(reply["model"], prompt, experts, [_token(entry) for entry in content])
 
 
-def write_html(answer: Answer, path: Path) -> None:
+def write_html(answer: ExplainedAnswer, path: Path) -> None:
     """One file without scripts or links; every token tells its coefficients where the mouse rests on it."""
     cells = "".join(_html_token(answer, token) for token in answer.tokens)
     legend = "".join(
@@ -96,7 +96,7 @@ def write_html(answer: Answer, path: Path) -> None:
     path.write_text(page, encoding="utf-8")
 
 
-def write_png(answer: Answer, path: Path) -> None:
+def write_png(answer: ExplainedAnswer, path: Path) -> None:
     """The same with matplotlib, `TOKENS_A_ROW` tokens a row."""
     from matplotlib.figure import Figure
 
@@ -128,7 +128,7 @@ def _token(entry: dict[str, Any]) -> Token:
     return Token(entry["token"], [abs(value) / total for value in coefficients.values()], coefficients)
 
 
-def _html_token(answer: Answer, token: Token) -> str:
+def _html_token(answer: ExplainedAnswer, token: Token) -> str:
     told = ", ".join(f"{name} {value:.2f}" for name, value in token.coefficients.items())
     height = 100 * token.entropy / math.log2(max(2, len(answer.experts)))
     return (
@@ -138,7 +138,7 @@ def _html_token(answer: Answer, token: Token) -> str:
     )
 
 
-def _draw_tokens(panel: Any, answer: Answer, tokens: list[Token], width: int) -> None:
+def _draw_tokens(panel: Any, answer: ExplainedAnswer, tokens: list[Token], width: int) -> None:
     """Each token's box divided among the experts from the bottom up, its text across."""
     for place, token in enumerate(tokens):
         bottom = 0.0
@@ -156,7 +156,7 @@ def _draw_tokens(panel: Any, answer: Answer, tokens: list[Token], width: int) ->
     panel.spines[:].set_visible(False)
 
 
-def _draw_entropies(panel: Any, answer: Answer, tokens: list[Token], width: int) -> None:
+def _draw_entropies(panel: Any, answer: ExplainedAnswer, tokens: list[Token], width: int) -> None:
     panel.bar(range(len(tokens)), [token.entropy for token in tokens], 0.94, color="#555555")
     panel.set(xlim=(-0.6, width - 0.4), ylim=(0, math.log2(max(2, len(answer.experts)))), xticks=[])
     panel.set_ylabel("entropy, bits", fontsize=8)
@@ -164,7 +164,7 @@ def _draw_entropies(panel: Any, answer: Answer, tokens: list[Token], width: int)
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_legend(figure: Any, answer: Answer) -> None:
+def _draw_legend(figure: Any, answer: ExplainedAnswer) -> None:
     from matplotlib.patches import Patch
 
     keys = [Patch(color=colour, label=name) for name, colour in zip(answer.experts, answer.colours, strict=True)]

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from gate.errors import GateError
 from gate.evaluation import unit_tests
-from gate.evaluation.sandbox import Limits, Sandbox
+from gate.evaluation.sandbox import Sandbox, SandboxLimits
 
 Row = Mapping[str, Any]
 """One line of a prompts file."""
@@ -162,7 +162,7 @@ class Python:
     workers = os.cpu_count() or 1
 
     def __init__(self, seconds: float) -> None:
-        self._sandbox = Sandbox(Limits(seconds=seconds))
+        self._sandbox = Sandbox(SandboxLimits(seconds=seconds))
         self.isolation = self._sandbox.isolation.name
 
     def problem(self, row: Row) -> str | None:

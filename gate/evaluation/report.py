@@ -12,7 +12,7 @@ from gate.evaluation.evaluate import EvaluationError, Results, load_results
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class ResultTable:
     """Accuracies by row label and domain, and the draws they came from."""
 
     bootstrap: Bootstrap
@@ -50,16 +50,16 @@ def join(files: Sequence[Path]) -> Results:
     return first
 
 
-def tabulate(results: Results, seed: int = 0) -> Table:
+def tabulate(results: Results, seed: int = 0) -> ResultTable:
     """Every model's accuracies with intervals."""
     if not results.models:
         raise EvaluationError(f"no answers for {results.prompts}")
     bootstrap = Bootstrap(results.domains, seed=seed)
     right = {label: answers.right for label, answers in results.models.items()}
-    return Table(bootstrap, right, {label: bootstrap.accuracy(values) for label, values in right.items()})
+    return ResultTable(bootstrap, right, {label: bootstrap.accuracy(values) for label, values in right.items()})
 
 
-def compare(table: Table, label: str, against: Sequence[str] = ()) -> Comparison:
+def compare(table: ResultTable, label: str, against: Sequence[str] = ()) -> Comparison:
     """`label` against the best of `against` (default: all other rows). Raises EvaluationError for unknown labels."""
     others = list(against) or [name for name in table.right if name != label]
     if unknown := [name for name in (label, *others) if name not in table.right]:
@@ -73,7 +73,7 @@ def compare(table: Table, label: str, against: Sequence[str] = ()) -> Comparison
     return Comparison(label, named, best, difference, apart)
 
 
-def markdown(table: Table, comparisons: Sequence[Comparison] = ()) -> str:
+def markdown(table: ResultTable, comparisons: Sequence[Comparison] = ()) -> str:
     """The table, a note on the intervals, and the comparisons."""
     lines = _grid(["model", *table.columns], [_row(table, label) for label in table.cells])
     counts = {domain: table.bootstrap.count(domain) for domain in table.bootstrap.domains}
@@ -89,7 +89,7 @@ def markdown(table: Table, comparisons: Sequence[Comparison] = ()) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(table: Table, path: Path) -> None:
+def plot(table: ResultTable, path: Path) -> None:
     """A PNG: one panel a column, one point with its interval a row."""
     from matplotlib.figure import Figure
 
@@ -113,7 +113,7 @@ def plot(table: Table, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _row(table: Table, label: str) -> list[str]:
+def _row(table: ResultTable, label: str) -> list[str]:
     return [label, *(_cell(table.cells[label][column]) for column in table.columns)]
 
 

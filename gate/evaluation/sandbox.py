@@ -74,7 +74,7 @@ _PROBE = "import collections, json, math, random, re"
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class SandboxLimits:
     """Of one run: seconds by the clock and of each process's processor time, bytes of memory of each process, processes
     and threads, bytes of each file."""
 
@@ -135,8 +135,8 @@ _STRONGEST_FIRST = (
 class Sandbox:
     """Runs code under `limits`, kept apart as well as this system permits (`isolation`)."""
 
-    def __init__(self, limits: Limits | None = None) -> None:
-        self._limits = limits or Limits()
+    def __init__(self, limits: SandboxLimits | None = None) -> None:
+        self._limits = limits or SandboxLimits()
         self.isolation = _STRONGEST_FIRST[-1]
         for isolation in _STRONGEST_FIRST:
             if isolation.user and os.getuid():

@@ -1,6 +1,6 @@
 """Trains a gate on recorded responses by DLLG's objective. Knows nothing of files, of the command line or the server.
 
-Held-out prompts decide which weights are kept and when to stop; what is in between can be taken up again (`Progress`).
+Held-out prompts decide which weights are kept and when to stop; what is in between can be resumed (`FitProgress`).
 """
 
 import copy
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gate.checkpoint import Gate
+from gate.checkpoint import Checkpoint
 from gate.contract import Contract
 from gate.errors import GateError
 from gate.model import GateModel
@@ -53,7 +53,7 @@ class Broadcast:
 
 
 @dataclass(slots=True)
-class Progress:
+class FitProgress:
     """Where a training is: all that is needed to go on. `best`: the weights with the best `score` so far (higher is
     better); `start`: those with which the phase began; the step and the optimiser belong to the current phase."""
 
@@ -116,10 +116,10 @@ def fit(
     records: Records,
     parts: tuple[Tensor, Tensor],
     settings: Broadcast,
-    progress: Progress,
+    progress: FitProgress,
     *,
     seed: int,
-    report: Callable[[Progress], None],
+    report: Callable[[FitProgress], None],
 ) -> None:
     """Trains `model` in place, from where `progress` is; the best weights on held-out prompts are kept, the last ones
     without any. `report` is called after each measurement."""
@@ -177,7 +177,7 @@ def validation_loss(
     return finite(total / max(1.0, tokens), "the loss on held-out prompts")
 
 
-def forward_microseconds(gate: Gate, rows: int, repeats: int = 200) -> float:
+def forward_microseconds(gate: Checkpoint, rows: int, repeats: int = 200) -> float:
     """Median time of one `forward` over made-up rows, on the gate's device, with as many threads as torch has now."""
     contract, device = gate.contract, torch.device(gate.device)
     experts = len(contract.experts)

@@ -18,7 +18,7 @@ from gate.contract import Contract
 from gate.model import GateModel
 from gate.training.curves import Point
 from gate.training.dataset import Batch, Records
-from gate.training.fit import Progress, finite
+from gate.training.fit import FitProgress, finite
 from gate.training.objective import clipped_policy_loss, divergence, group_advantages, token_logprobs
 
 
@@ -56,10 +56,10 @@ def refine(
     policy: Policy,
     parts: tuple[list[int], list[int]],
     settings: Refinement,
-    progress: Progress,
+    progress: FitProgress,
     *,
     seed: int,
-    report: Callable[[Progress], None],
+    report: Callable[[FitProgress], None],
 ) -> None:
     """Trains `model` in place on prompts `parts[0]`, from where `progress` is; the weights with the best greedy reward
     on `parts[1]` are kept, the last ones without any. `report` is called after each step."""

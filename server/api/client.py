@@ -13,7 +13,7 @@ from typing import Protocol
 
 from server.errors import BadRequest, GenerationFailed, Overloaded, RequestError
 from server.request import FinishReason, SequenceRequest
-from server.wire.api import Abort, Choice, Ended, FromApi, GetStats, Progress, Status, Submit, Timing, ToApi
+from server.wire.api import Abort, Choice, Ended, FromApi, GetStats, Progress, SequenceTiming, Status, Submit, ToApi
 from server.wire.base import Stop
 from server.wire.stats import Stats
 
@@ -55,7 +55,7 @@ class Generation:
         self._waiter: asyncio.Future[None] | None = None
         self._nudged = False
         self._error: Exception | None = None
-        self.timings: dict[int, Timing] = {}
+        self.timings: dict[int, SequenceTiming] = {}
         self.ended_at: dict[int, float] = {}
 
     def __enter__(self) -> Generation:

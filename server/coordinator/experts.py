@@ -18,7 +18,7 @@ from server.coordinator.fusion import Float32, Int32
 from server.placement import expert_socket
 from server.remote.dialer import Dialer
 from server.wire.base import Stop
-from server.wire.channel import Channel, Connection, Selector, endpoint
+from server.wire.channel import Channel, ConnectedChannel, Selector, endpoint
 from server.wire.expert import Add, Bare, BareDone, FromExpert, Gather, Gathered, Load, Ready, Report, Tick, ToExpert
 
 Answer = TypeVar("Answer", Gathered, BareDone)
@@ -62,7 +62,7 @@ class ExpertLink:
         """The connection to a worker on another host, once there is a new one. Raises UnreachableError."""
         if self.dialer is None or self.channel is not None or (peer := self.dialer.reach()) is None:
             return None
-        return self._begin(Connection(peer, FromExpert))
+        return self._begin(ConnectedChannel(peer, FromExpert))
 
     def _begin(self, channel: Channel[FromExpert, ToExpert]) -> Channel[FromExpert, ToExpert]:
         self.restarts += 1
@@ -84,7 +84,7 @@ class ExpertLink:
     @property
     def lost(self) -> bool:
         """Whether the connection to another host has ended; of a local worker, the supervisor will say so."""
-        return isinstance(self.channel, Connection) and self.channel.lost
+        return isinstance(self.channel, ConnectedChannel) and self.channel.lost
 
     @property
     def up(self) -> bool:

@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 
 from server.coordinator.coefficients import Evidence, coefficients, plausible, space
-from server.coordinator.fusion import Bool, Float32, Int32, Int64, Table, combine, fill_tail, tabulate
-from server.coordinator.gate import Gate
+from server.coordinator.fusion import Bool, CandidateTable, Float32, Int32, Int64, combine, fill_tail, tabulate
+from server.coordinator.gate import GateRunner
 from server.coordinator.stats import Counters
 from server.coordinator.table import SequenceTable
 from server.coordinator.tally import Sources
@@ -34,7 +34,7 @@ class _Kept:
     ids: Int32
     logprobs: Float32
     available: Bool
-    found: Table
+    found: CandidateTable
 
     def only(self, rows: Bool) -> _Kept:
         """Those of the `rows` bool[B]."""
@@ -68,7 +68,7 @@ class Fuser:
         self,
         experts: list[str],
         vocabulary: int,
-        gate: Gate | None,
+        gate: GateRunner | None,
         missing: Literal["tail", "exact"],
         look_up: LookUp,
         counters: Counters,
@@ -81,7 +81,7 @@ class Fuser:
         self._counters = counters
         self.policies = PolicyBook()
 
-    def replace_gate(self, gate: Gate) -> None:
+    def replace_gate(self, gate: GateRunner) -> None:
         """Ask `gate` from now on; its projected and state sizes are the old one's."""
         self._gate = gate
 
@@ -118,8 +118,8 @@ class Fuser:
         return _Kept(slots, ids, logprobs, available, found)
 
     def _mask_unusable(self, table: SequenceTable, kept: _Kept) -> None:
-        """Count the rows that are not available though they were given, and have neither the gate nor a record show what
-        such an expert projected."""
+        """Count the rows that are not available though they were given, and have neither the gate nor a record show
+        what such an expert projected."""
         if kept.available.all():
             return
         for expert, counters in enumerate(self._counters.experts):
@@ -127,7 +127,7 @@ class Fuser:
         rows, experts = np.nonzero(~kept.available)
         table.projected[kept.slots[rows], experts] = 0
 
-    def _look_up_missing(self, kept: _Kept) -> tuple[_Kept, Table]:
+    def _look_up_missing(self, kept: _Kept) -> tuple[_Kept, CandidateTable]:
         """Ask each available expert for the candidates that it did not list itself: the rows for which all answered,
         and what is known of their candidates then."""
         found = kept.found
@@ -198,14 +198,14 @@ class Fuser:
         return chosen, prob_space, allowed
 
 
-def _filled_in(found: Table, rows_of: dict[int, Int64], answers: dict[int, Float32]) -> Table:
+def _filled_in(found: CandidateTable, rows_of: dict[int, Int64], answers: dict[int, Float32]) -> CandidateTable:
     """`found` with what experts answered about their rows."""
     logprobs, listed = found.logprobs.copy(), found.listed.copy()
     for expert, answer in answers.items():
         rows = rows_of[expert]
         logprobs[rows, expert] = np.where(listed[rows, expert], logprobs[rows, expert], answer)
         listed[rows, expert] |= found.ids[rows] >= 0
-    return Table(found.ids, logprobs, listed, found.exact_columns)
+    return CandidateTable(found.ids, logprobs, listed, found.exact_columns)
 
 
 class PolicyBook:

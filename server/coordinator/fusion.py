@@ -26,7 +26,7 @@ NO_MASS = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class CandidateTable:
     """The tokens that may be chosen, and what each expert says of them.
 
     `ids` int32[B, U]: unique in each row, then -1 (at least one); `logprobs` float32[B, E, U]; `listed` bool[B, E, U]:
@@ -38,18 +38,20 @@ class Table:
     listed: Bool
     exact_columns: Int64
 
-    def only(self, rows: Bool) -> Table:
+    def only(self, rows: Bool) -> CandidateTable:
         """The table of the `rows` bool[B]."""
-        return Table(self.ids[rows], self.logprobs[rows], self.listed[rows], self.exact_columns[rows])
+        return CandidateTable(self.ids[rows], self.logprobs[rows], self.listed[rows], self.exact_columns[rows])
 
 
-def tabulate(ids: Int32, logprobs: Float32, exact_ids: Int32, exact_logprobs: Float32, vocabulary: int) -> Table:
+def tabulate(
+    ids: Int32, logprobs: Float32, exact_ids: Int32, exact_logprobs: Float32, vocabulary: int
+) -> CandidateTable:
     """The union of `ids` [B, E, K] and `exact_ids` [B, X] with what is known: `logprobs` [B, E, K] and
     `exact_logprobs` [B, E, X]. What an expert did not list is -inf."""
-    return Table(*_tabulate(ids, logprobs, exact_ids, exact_logprobs, vocabulary))
+    return CandidateTable(*_tabulate(ids, logprobs, exact_ids, exact_logprobs, vocabulary))
 
 
-def fill_tail(table: Table, smallest: Float32, vocabulary: int) -> Float32:
+def fill_tail(table: CandidateTable, smallest: Float32, vocabulary: int) -> Float32:
     """float32[B, E, U]: `table.logprobs`, and where an expert did not list a candidate, its tail estimate.
 
     `smallest` [B, E] is the last log-probability of each expert's top-k. The estimate is log min(k-th probability,
@@ -59,7 +61,7 @@ def fill_tail(table: Table, smallest: Float32, vocabulary: int) -> Float32:
 
 
 def combine(
-    values: Float32, table: Table, coefficients: Float32, prob_space: Bool, allowed: Bool | None = None
+    values: Float32, table: CandidateTable, coefficients: Float32, prob_space: Bool, allowed: Bool | None = None
 ) -> Float32:
     """Fused log-probabilities float32[B, U], normalised over the candidates; -inf where a token cannot be chosen.
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gate.checkpoint import Gate as Checkpoint
-from gate.checkpoint import load
+from gate.checkpoint import Checkpoint, load
 from gate.contract import CheckpointError, mismatches
 from server.coordinator.fusion import Bool, Float32, Int32
 from server.errors import StartError
@@ -29,7 +28,7 @@ class GateOutput:
     failed: Bool
 
 
-class Gate:
+class GateRunner:
     """A checkpoint that fits the deployment."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -82,7 +81,7 @@ def load_gate(
     vocabulary_hash: str,
     top_k: int,
     hidden_sizes: list[int],
-) -> Gate:
+) -> GateRunner:
     """Load the checkpoint at `path` for a deployment. Raises StartError naming each field that does not fit."""
     try:
         checkpoint = load(path, sha256=sha256)
@@ -97,7 +96,7 @@ def load_gate(
     )
     if problems:
         raise StartError(f"gate {path.name}: {'; '.join(problems)}")
-    return Gate(checkpoint)
+    return GateRunner(checkpoint)
 
 
 def _nothing(shape: tuple[int, ...], state: Float32) -> GateOutput:

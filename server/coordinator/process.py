@@ -11,7 +11,7 @@ from server.config import Config
 from server.coordinator.coordinator import Coordinator
 from server.coordinator.experts import ExpertLink, Experts, LinkState
 from server.coordinator.fuser import Fuser, LookUp
-from server.coordinator.gate import Gate, load_gate
+from server.coordinator.gate import GateRunner, load_gate
 from server.coordinator.snapshot import snapshot
 from server.coordinator.stats import Counters
 from server.coordinator.table import SequenceTable
@@ -68,7 +68,7 @@ class CoordinatorProcess:
         self._notes: dict[int, str] = {}
         self._counters = Counters(len(config.experts))
         self._coordinator: Coordinator | None = None
-        self._gate: Gate | None = None
+        self._gate: GateRunner | None = None
         self._fuser: Fuser | None = None
         self._status: Status | None = None
         self._drain_until: float | None = None
@@ -265,7 +265,7 @@ class CoordinatorProcess:
         self._gate, self._fuser = gate, fuser
         return Coordinator(config, self._experts.links, fuser, table, self._counters)
 
-    def _load_gate(self, path: Path, sha256: str | None = None) -> Gate:
+    def _load_gate(self, path: Path, sha256: str | None = None) -> GateRunner:
         """The checkpoint at `path`. Raises StartError if it does not fit the deployment."""
         config = self._config
         return load_gate(

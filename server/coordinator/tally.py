@@ -11,7 +11,7 @@ import numpy as np
 
 from server.coordinator.certificate import VERDICTS, certify
 from server.coordinator.compiled import compiled
-from server.coordinator.fusion import Bool, Float32, Float64, Int32, Int64, Table
+from server.coordinator.fusion import Bool, CandidateTable, Float32, Float64, Int32, Int64
 from server.wire.stats import FusionStats, Histogram
 
 SHARES = tuple(round(0.05 * step, 2) for step in range(1, 21))
@@ -32,7 +32,7 @@ class Sources:
     ids: Int32
     logprobs: Float32
     available: Bool
-    table: Table
+    table: CandidateTable
     prob_space: Bool
     vocabulary: int
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Container, Iterable
 
 from server.request import SequenceRequest
-from server.wire.api import Timing
+from server.wire.api import SequenceTiming
 
 
 class Timings:
@@ -15,14 +15,16 @@ class Timings:
 
     def __init__(self, experts: int) -> None:
         self._experts = experts
-        self._timings: dict[int, Timing] = {}
+        self._timings: dict[int, SequenceTiming] = {}
 
     def __bool__(self) -> bool:
         return bool(self._timings)
 
     def queued(self, requests: Iterable[SequenceRequest]) -> None:
         now = time.perf_counter()
-        self._timings |= {request.id: Timing(now, [0.0] * self._experts) for request in requests if request.timed}
+        self._timings |= {
+            request.id: SequenceTiming(now, [0.0] * self._experts) for request in requests if request.timed
+        }
 
     def admitted(self, running: Container[int]) -> None:
         """`running`: the sequences that have been admitted by now."""
@@ -38,7 +40,7 @@ class Timings:
             if timing is not None and not timing.prefilled[expert]:
                 timing.prefilled[expert] = when
 
-    def take(self, sequences: Iterable[int]) -> dict[int, Timing]:
+    def take(self, sequences: Iterable[int]) -> dict[int, SequenceTiming]:
         """The timings of those of `sequences` that are timed; they have their first token now."""
         now = time.perf_counter()
         taken = {sequence: self._timings.pop(sequence) for sequence in sequences if sequence in self._timings}

@@ -20,7 +20,7 @@ from server.remote.listener import Door
 from server.wire.expert import Ready
 
 if TYPE_CHECKING:
-    from gate.checkpoint import Gate
+    from gate.checkpoint import Checkpoint
     from server.expert.worker import Projector
 
 
@@ -111,7 +111,7 @@ def serve_visitors(door: Door, serve: Callable[[Terms], None]) -> None:
         serve(terms)
 
 
-def _projector(terms: Terms, gate: Gate | None) -> Projector | None:
+def _projector(terms: Terms, gate: Checkpoint | None) -> Projector | None:
     from gate.recording import RecordingGate, UniformGate
 
     if terms.projection == "raw":
@@ -161,7 +161,7 @@ def _rank_environment(place: Placement, ranks: int) -> dict[str, str]:
     }
 
 
-def projecting_gate(config: Config, place: Placement) -> Gate | None:
+def projecting_gate(config: Config, place: Placement) -> Checkpoint | None:
     """The gate, if it reads hidden states: its projection runs at `place`. Only rank 0 is heard, and only its device is
     the one that the gate is loaded on."""
     from gate.checkpoint import load

@@ -44,7 +44,7 @@ class Buckets:
         return Histogram(self._bounds, self._counts, self._sum)
 
 
-class Timing:
+class RequestTiming:
     """The clock of one request: time to the first token, then between tokens."""
 
     def __init__(self, metrics: ApiMetrics) -> None:
@@ -80,8 +80,8 @@ class ApiMetrics:
         self._durations = {route: Buckets(_LONG) for route in _COMPLETIONS}
         self.in_flight = 0
 
-    def timing(self) -> Timing:
-        return Timing(self)
+    def timing(self) -> RequestTiming:
+        return RequestTiming(self)
 
     def request(self, route: str, outcome: str, seconds: float) -> None:
         """One request has ended."""

@@ -17,7 +17,7 @@ from server.errors import UnreachableError
 from server.remote.agreement import Offer, Terms, Verdict, compare
 from server.remote.handshake import tune, welcome
 from server.wire.base import Stop
-from server.wire.channel import Connection
+from server.wire.channel import ConnectedChannel
 from server.wire.expert import FromExpert, ToExpert
 
 log = logging.getLogger("polylogit")
@@ -45,7 +45,7 @@ class Door:
         self._vacant = threading.Lock()
         self._served: socket.socket | None = None
         self._gone_since: float | None = None
-        self._channel: Connection[ToExpert, FromExpert] | None = None
+        self._channel: ConnectedChannel[ToExpert, FromExpert] | None = None
         self._closed = False
 
     def open(self) -> None:
@@ -59,7 +59,7 @@ class Door:
         if (admitted := self._admitted.get()) is None:
             return None
         peer, terms = admitted
-        self._channel = Connection(peer, ToExpert)
+        self._channel = ConnectedChannel(peer, ToExpert)
         return terms
 
     def send(self, message: FromExpert) -> None:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from gate.training.curves import Point, plot, write_csv
-from gate.training.fit import Progress, TrainingError
+from gate.training.fit import FitProgress, TrainingError
 
 
 class TrainingLog:
@@ -29,7 +29,7 @@ class TrainingLog:
         self._directory = output.with_suffix(".training")
         self._directory.mkdir(parents=True, exist_ok=True)
         self._state = self._directory / "state.pt"
-        self.progress = self._restored() if self._state.exists() else Progress()
+        self.progress = self._restored() if self._state.exists() else FitProgress()
 
     def save(self) -> None:
         """Write the curves, and the state, whole or not at all."""
@@ -48,24 +48,24 @@ class TrainingLog:
         self._state.unlink(missing_ok=True)
 
     @contextmanager
-    def bar(self, title: str, total: int) -> Iterator[Callable[[Progress], None]]:
+    def bar(self, title: str, total: int) -> Iterator[Callable[[FitProgress], None]]:
         """A progress bar of one phase, and what reports to it after each measurement."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Bar(*columns, TextColumn("{task.fields[last]}"), console=self.console) as bar:
             task = bar.add_task(title, total=total, completed=self.progress.step, last="")
 
-            def report(progress: Progress) -> None:
+            def report(progress: FitProgress) -> None:
                 self.save()
                 bar.update(task, completed=progress.step, last=_shown(progress.points))
 
             yield report
 
-    def _restored(self) -> Progress:
+    def _restored(self) -> FitProgress:
         try:
             saved = torch.load(self._state, map_location="cpu", weights_only=True)  # `--device` may change
             old, state = saved["settings"], saved["progress"]
             points = [Point(**point) for point in state.pop("points")]
-            progress = Progress(**state, points=points)
+            progress = FitProgress(**state, points=points)
         except Exception as error:  # torch raises many kinds for a damaged file
             kind = type(error).__name__
             raise TrainingError(f"{self._state}: cannot be read ({kind}); delete it to begin anew") from None

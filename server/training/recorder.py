@@ -19,7 +19,7 @@ from gate.contract import CheckpointError, Contract, mismatches, vocabulary_hash
 from gate.evaluation.graders import Grader
 from gate.recording import uniform_gate, wrap
 from gate.training.records import Response
-from server.config import Config, GateConfig, Logging, load_config
+from server.config import Config, GateConfig, LoggingConfig, load_config
 from server.launch.local import LocalDeployment
 from server.text.model_files import ModelFiles, fingerprint, read_model_files
 from server.training.rollout import Rollout, Texts
@@ -76,7 +76,7 @@ def read_config(options: argparse.Namespace) -> Config:
     Raises ConfigError.
     """
     config = load_config(options.config)
-    chosen = Logging(options.log_format or config.logging.format, options.log_level or "warning")
+    chosen = LoggingConfig(options.log_format or config.logging.format, options.log_level or "warning")
     return msgspec.structs.replace(config, logging=chosen)
 
 

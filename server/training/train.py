@@ -205,5 +205,5 @@ def _describe(path: Path, device: torch.device, seconds: float) -> None:
     print(f"{path}: {parameters} parameters, {times}, trained in {seconds:.0f} s")
 
 
-def _forward_times(gate: checkpoint.Gate) -> str:
+def _forward_times(gate: checkpoint.Checkpoint) -> str:
     return ", ".join(f"{forward_microseconds(gate, rows):.0f} us a forward at B={rows}" for rows in (1, 32))

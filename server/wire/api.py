@@ -57,7 +57,7 @@ class Choice(Message, frozen=True, tag="Choice"):
     coefficients: list[float]
 
 
-class Timing(msgspec.Struct, array_like=True, gc=False):
+class SequenceTiming(msgspec.Struct, array_like=True, gc=False):
     """When a sequence was queued and admitted, each of the E experts had read its prompt (0: it does not use it), and
     its first token was chosen. Seconds on the clock of `time.perf_counter`, which all processes of a machine share."""
 
@@ -78,7 +78,7 @@ class Progress(Message, frozen=True, tag="Progress"):
     tokens: list[int]
     choices: dict[int, Choice] = msgspec.field(default_factory=dict)
     cached_tokens: dict[int, int] = msgspec.field(default_factory=dict)
-    timings: dict[int, Timing] = msgspec.field(default_factory=dict)
+    timings: dict[int, SequenceTiming] = msgspec.field(default_factory=dict)
 
 
 class Ended(Message, frozen=True, tag="Ended"):

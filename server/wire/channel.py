@@ -205,7 +205,7 @@ class Channel(Generic[Incoming, Outgoing]):
         _sleep([self], left)
 
 
-class Connection(Channel[Incoming, Outgoing]):
+class ConnectedChannel(Channel[Incoming, Outgoing]):
     """A channel over a socket that is connected already, to a peer on another host; it ends with that socket. A peer
     that sends rubbish is cut off."""
 

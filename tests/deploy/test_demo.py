@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from deploy.demo.train import experts, tasks, tokenizer
 from gate import checkpoint
 from gate.contract import mismatches, vocabulary_hash
-from tests.support.examples import ROOT
+from tests.support.paths import ROOT
 
 DEMO = ROOT / "deploy/demo"
 PROMPTS = DEMO / "prompts"

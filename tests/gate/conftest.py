@@ -1,13 +1,7 @@
-"""Puts the repository root on the path, so that the demo's training scripts can be imported and tested."""
-
-import sys
+"""Shared by the tests of the gate: every test starts from the same random numbers."""
 
 import pytest
 import torch
-
-from tests.support.paths import ROOT
-
-sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(autouse=True)

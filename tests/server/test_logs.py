@@ -10,14 +10,14 @@ import os
 import pytest
 
 from server import logs
-from server.config import Logging
+from server.config import LoggingConfig
 from server.launch.supervisor import spawn
 from tests.support import children
 
 
 def line_of(capsys: pytest.CaptureFixture[str], **settings: str) -> str:
     """What one line of a request looks like."""
-    logs.configure(Logging(**settings), "api")
+    logs.configure(LoggingConfig(**settings), "api")
     token = logs.REQUEST_ID.set("r-1")
     try:
         logging.getLogger("polylogit.api").info("two\nlines %d", 2, extra=logs.fields(seconds=0.5, model=None))
@@ -43,13 +43,13 @@ def test_text(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_level(capsys: pytest.CaptureFixture[str]) -> None:
     assert line_of(capsys, level="warning") == ""
-    logs.configure(Logging(level="debug"), "api")
+    logs.configure(LoggingConfig(level="debug"), "api")
     logging.getLogger("numba").info("a library's chatter")
     assert capsys.readouterr().err == ""
 
 
 def test_exception_is_one_json_line(capsys: pytest.CaptureFixture[str]) -> None:
-    logs.configure(Logging(format="json"), "api")
+    logs.configure(LoggingConfig(format="json"), "api")
     try:
         raise ValueError("no")
     except ValueError:

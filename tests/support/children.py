@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from server import logs
-from server.config import Config, Logging
+from server.config import Config, LoggingConfig
 from server.errors import EngineError, StartError
 from server.placement import Placement
 from server.wire.api import FromApi, ToApi
@@ -48,7 +48,7 @@ def linger(ready: str) -> None:
 
 
 def write_and_abort() -> None:
-    logs.configure(Logging(format="json"), "expert a")
+    logs.configure(LoggingConfig(format="json"), "expert a")
     logging.getLogger("polylogit").info("a line")
     print("printed", flush=True)
     os.write(2, b"from C\n\nunfinished")

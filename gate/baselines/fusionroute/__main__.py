@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from gate.baselines.fusionroute.data import Encoder, preferences, references
 from gate.baselines.fusionroute.export import export
-from gate.baselines.fusionroute.train import Router, Settings, fit_preferences, fit_references
+from gate.baselines.fusionroute.train import RouterModel, Settings, fit_preferences, fit_references
 from gate.baselines.merge import load, save
 from gate.errors import one_line
 
@@ -60,7 +60,7 @@ def _run(arguments: argparse.Namespace, folders: dict[str, Path]) -> None:
     )
     model, experts = load(arguments.start), [load(folder) for folder in folders.values()]
     tokenizer = AutoTokenizer.from_pretrained(arguments.start, local_files_only=True)
-    router = Router(model, experts, Encoder(tokenizer), "cuda" if torch.cuda.is_available() else "cpu")
+    router = RouterModel(model, experts, Encoder(tokenizer), "cuda" if torch.cuda.is_available() else "cpu")
     settings = Settings(epochs=arguments.epochs)
     fit_references(router, training, validation, settings, arguments.seed)
     if graded:

@@ -29,7 +29,7 @@ class Settings:
     preference_rate: float = 1e-4
 
 
-class Router:
+class RouterModel:
     """The router model, its head, and the frozen experts."""
 
     def __init__(self, model: Any, experts: list[Any], encoder: Encoder, device: str) -> None:
@@ -76,7 +76,7 @@ class Router:
 
 
 def fit_references(
-    router: Router,
+    router: RouterModel,
     train: list[tuple[Question, str]],
     validation: list[tuple[Question, str]],
     settings: Settings,
@@ -105,7 +105,7 @@ def fit_references(
 
 
 def fit_preferences(
-    router: Router,
+    router: RouterModel,
     pairs: list[tuple[Question, str, str]],
     validation: list[tuple[Question, str]],
     settings: Settings,
@@ -113,7 +113,7 @@ def fit_preferences(
 ) -> None:
     """CDPO in place, the head frozen; taken back if fewer validation prompts are answered right than before."""
     rng = random.Random(seed)
-    start = Router(copy.deepcopy(router.model), router.experts, router.encoder, router.device)
+    start = RouterModel(copy.deepcopy(router.model), router.experts, router.encoder, router.device)
     start.head = router.head
     before = router.measure(validation, settings.batch_size)
     optimizer = torch.optim.AdamW(router.model.parameters(), lr=settings.preference_rate)
@@ -143,7 +143,7 @@ def _told(measured: tuple[float, float]) -> str:
     return f"{measured[0]:.3f} of the validation answers right, log-probability {measured[1]:.3f}"
 
 
-def _update(optimizer: torch.optim.Optimizer, loss: Tensor, router: Router) -> None:
+def _update(optimizer: torch.optim.Optimizer, loss: Tensor, router: RouterModel) -> None:
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_([*router.model.parameters(), *router.head.parameters()], 1.0)

@@ -24,7 +24,7 @@ _KEEP_ALIVE_SECONDS = 75
 _STOP_SECONDS = 5
 
 
-class Connection(HttpToolsProtocol):
+class StrictConnection(HttpToolsProtocol):
     """One client connection. What a request has around its body, even trailers after it, must be short, and all of it
     arrive within a time limit: the parser itself keeps what is unfinished. `write_seconds`: how long more than a little
     may wait to be read."""
@@ -158,7 +158,7 @@ class HttpServer(uvicorn.Server):
 
 def http_server(app: ASGIApp, write_seconds: float) -> HttpServer:
     """A server for `app`."""
-    connection: Any = functools.partial(Connection, write_seconds=write_seconds)
+    connection: Any = functools.partial(StrictConnection, write_seconds=write_seconds)
     config = uvicorn.Config(
         app,
         http=connection,

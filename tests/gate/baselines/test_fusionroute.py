@@ -15,10 +15,10 @@ from gate import checkpoint
 from gate.baselines.fusionroute.data import Encoder, Sequences, batches, preferences
 from gate.baselines.fusionroute.export import export
 from gate.baselines.fusionroute.losses import combined, disagreement, preference_loss, routing_loss, sft_loss
-from gate.baselines.fusionroute.train import Router, Settings, fit_preferences, fit_references
+from gate.baselines.fusionroute.train import RouterModel, Settings, fit_preferences, fit_references
 from gate.baselines.greedy import Greedy
 from gate.evaluation.evaluate import Answers, EvaluationError, Question, new_results, read_questions, save_results
-from tests.support.examples import ROOT
+from tests.support.paths import ROOT
 
 AGREE = [[0.7, 0.2, 0.1], [0.6, 0.3, 0.1]]
 DIFFER = [[0.8, 0.1, 0.1], [0.2, 0.5, 0.3]]
@@ -109,7 +109,7 @@ def test_training_makes_right_answers_probable_and_leaves_the_experts_alone():
     encoder = Encoder(AutoTokenizer.from_pretrained(ROOT / "deploy/demo/experts/math", local_files_only=True))
     questions = [Question(str(i), "d", [{"role": "user", "content": f"Say {i}."}], {}) for i in range(8)]
     pairs = [(question, question.number * 2) for question in questions]
-    router = Router(small_model(0), [small_model(1), small_model(2)], encoder, "cpu")
+    router = RouterModel(small_model(0), [small_model(1), small_model(2)], encoder, "cpu")
     frozen = [parameter.clone() for expert in router.experts for parameter in expert.parameters()]
     _, before = router.measure(pairs, 4)
     fit_references(router, pairs, pairs, Settings(epochs=5, batch_size=4, learning_rate=1e-2), seed=0)
@@ -147,7 +147,7 @@ def test_logprobs_are_those_of_the_whole_model(config, tmp_path):
     row = {"messages": [{"role": "user", "content": "hi"}], "answer": "long answer"}
     question = Question("0", "d", row["messages"], row)
     rows = encoder.batch([(question, row["answer"]), (question, "no")])
-    router = Router(copy.deepcopy(model), [model], encoder, "cpu")
+    router = RouterModel(copy.deepcopy(model), [model], encoder, "cpu")
     router.model.eval()
     with torch.no_grad():
         whole = model(rows.ids[:, :-1]).logits[rows.answer[:, 1:]].log_softmax(-1)
@@ -166,7 +166,7 @@ def test_logprobs_are_those_of_the_whole_model(config, tmp_path):
 def test_response_logprobs_sum_each_rows_own_answer():
     encoder = Encoder(AutoTokenizer.from_pretrained(ROOT / "deploy/demo/experts/math", local_files_only=True))
     questions = [Question(str(i), "d", [{"role": "user", "content": "x" * (5 * i)}], {}) for i in range(2)]
-    router = Router(small_model(0), [small_model(1), small_model(2)], encoder, "cpu")
+    router = RouterModel(small_model(0), [small_model(1), small_model(2)], encoder, "cpu")
     rows = router.rows([(questions[0], "long answer"), (questions[1], "no")])
     together = router.response_logprobs(rows, router.told(rows))
     for at, (question, text) in enumerate([(questions[0], "long answer"), (questions[1], "no")]):
@@ -179,7 +179,7 @@ def test_an_answer_counts_as_right_when_greedy_decoding_gives_it():
     encoder = Encoder(AutoTokenizer.from_pretrained(ROOT / "deploy/demo/experts/math", local_files_only=True))
     question = Question("0", "d", [{"role": "user", "content": "hi"}], {})
     experts = [small_model(1), small_model(2)]
-    router = Router(small_model(0), experts, encoder, "cpu")
+    router = RouterModel(small_model(0), experts, encoder, "cpu")
     ids, start = encoder(question, "")
     made = []
     for _ in range(3):

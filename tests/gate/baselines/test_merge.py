@@ -8,7 +8,7 @@ import torch
 
 from gate.baselines.greedy import Greedy
 from gate.baselines.merge import MergeError, Recipe, check_models, drop, elect, load, merge, recipes, save, trim, tune
-from tests.support.examples import ROOT
+from tests.support.paths import ROOT
 
 EXPERTS = ROOT / "deploy/demo/experts"
 

@@ -8,7 +8,7 @@ import pytest
 
 from gate.evaluation import sandbox as sandbox_module
 from gate.evaluation.graders import GraderError, load_grader
-from gate.evaluation.sandbox import Limits, Sandbox
+from gate.evaluation.sandbox import Sandbox, SandboxLimits
 
 DOUBLE = "def double(x):\n    return 2 * x"
 TESTS = ["assert double(3) == 6", "assert double(0) == 0"]
@@ -193,7 +193,7 @@ def test_leaving_early_is_not_passing(python, code):
 
 @pytest.fixture(scope="module", params=["as permitted", "limits only"])
 def sandbox(request):
-    made = Sandbox(Limits(seconds=3.0, memory=256 << 20))
+    made = Sandbox(SandboxLimits(seconds=3.0, memory=256 << 20))
     if request.param == "limits only":
         made.isolation = sandbox_module._STRONGEST_FIRST[-1]
     return made
@@ -222,7 +222,7 @@ def test_environment_and_directory_are_its_own(sandbox, monkeypatch, tmp_path):
 
 def test_a_fork_bomb_leaves_nothing_behind():
     """Only where processes can be counted and killed apart from this user's; elsewhere it is a documented limit."""
-    sandbox = Sandbox(Limits(seconds=2.0))
+    sandbox = Sandbox(SandboxLimits(seconds=2.0))
     if not (sandbox.isolation.user or sandbox.isolation.namespaces):
         pytest.skip("this system permits neither namespaces nor another user")
     mark = "polylogit_bomb"
@@ -232,7 +232,7 @@ def test_a_fork_bomb_leaves_nothing_behind():
 
 
 def test_a_daemon_does_not_outlive_its_run():
-    sandbox = Sandbox(Limits(seconds=20.0))
+    sandbox = Sandbox(SandboxLimits(seconds=20.0))
     if not (sandbox.isolation.user or sandbox.isolation.namespaces):
         pytest.skip("this system permits neither namespaces nor another user")
     daemon = (
@@ -245,7 +245,7 @@ def test_a_daemon_does_not_outlive_its_run():
 
 def test_code_that_turns_its_back_is_killed():
     """It leaves its session and asks not to die with its parent."""
-    sandbox = Sandbox(Limits(seconds=1.0))
+    sandbox = Sandbox(SandboxLimits(seconds=1.0))
     if not (sandbox.isolation.user or sandbox.isolation.namespaces):
         pytest.skip("this system permits neither namespaces nor another user")
     code = (
@@ -257,7 +257,7 @@ def test_code_that_turns_its_back_is_killed():
 
 
 def test_no_network():
-    sandbox = Sandbox(Limits(seconds=20.0))
+    sandbox = Sandbox(SandboxLimits(seconds=20.0))
     if not sandbox.isolation.namespaces:
         pytest.skip("this system permits no namespaces; the grader says so when it starts")
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -266,7 +266,7 @@ def test_no_network():
 
 
 def test_no_sight_of_other_processes():
-    sandbox = Sandbox(Limits(seconds=20.0))
+    sandbox = Sandbox(SandboxLimits(seconds=20.0))
     if not sandbox.isolation.hides:
         assert "sees which other processes run" in sandbox.isolation.name
         pytest.skip("this system permits no /proc of its own; the grader says so when it starts")

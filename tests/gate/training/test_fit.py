@@ -8,7 +8,7 @@ import torch
 
 from gate.model import GateModel
 from gate.training.curves import Point, plot, write_csv
-from gate.training.fit import Broadcast, Progress, TrainingError, fit, held_out, split
+from gate.training.fit import Broadcast, FitProgress, TrainingError, fit, held_out, split
 from gate.training.objective import (
     broadcast_loss,
     clipped_policy_loss,
@@ -43,7 +43,7 @@ def test_a_batch_walks_each_response():
 @pytest.mark.parametrize("state_size", [0, 5])
 def test_training_lowers_the_loss_and_finds_the_expert_that_knows(space, state_size):
     agreed = contract(state_size=state_size, space=space)
-    model, made, progress = GateModel(agreed), records(responses=80), Progress()
+    model, made, progress = GateModel(agreed), records(responses=80), FitProgress()
     settings = Broadcast(updates=100, batch_size=16, negative_weight=1.0, interval=20)
     fit(model, agreed, made, everything(made), settings, progress, seed=0, report=silent)
     assert progress.points[-1].loss < 0.7 * progress.points[0].loss
@@ -124,7 +124,7 @@ def test_the_best_weights_are_kept_and_training_stops_early():
     agreed, made = contract(), records(responses=60)
     made.rewards[40:] = 1 - made.rewards[40:]
     parts = torch.arange(40), torch.arange(40, 60)
-    model, progress = GateModel(agreed), Progress()
+    model, progress = GateModel(agreed), FitProgress()
     settings = Broadcast(updates=1000, batch_size=20, negative_weight=1.0, interval=5, patience=3)
     fit(model, agreed, made, parts, settings, progress, seed=0, report=silent)
     assert progress.step < 200
@@ -139,7 +139,7 @@ def test_an_interrupted_training_ends_like_an_uninterrupted_one():
     settings = Broadcast(updates=30, batch_size=16, interval=5)
     whole, resumed = GateModel(agreed), GateModel(agreed)
     resumed.load_state_dict(whole.state_dict())
-    fit(whole, agreed, made, parts, settings, Progress(), seed=3, report=silent)
+    fit(whole, agreed, made, parts, settings, FitProgress(), seed=3, report=silent)
 
     class InterruptError(Exception):
         pass
@@ -149,9 +149,9 @@ def test_an_interrupted_training_ends_like_an_uninterrupted_one():
             kept.append(copy.deepcopy(progress))
             raise InterruptError
 
-    kept: list[Progress] = []
+    kept: list[FitProgress] = []
     with pytest.raises(InterruptError):
-        fit(resumed, agreed, made, parts, settings, Progress(), seed=3, report=interrupt)
+        fit(resumed, agreed, made, parts, settings, FitProgress(), seed=3, report=interrupt)
     fresh = GateModel(agreed)
     fit(fresh, agreed, made, parts, settings, kept[0], seed=3, report=silent)
     for one, other in zip(whole.parameters(), fresh.parameters(), strict=True):
@@ -164,7 +164,7 @@ def test_a_training_that_was_killed_after_its_early_stop_does_not_go_on():
     parts = torch.arange(40), torch.arange(40, 60)
     settings = Broadcast(updates=1000, batch_size=20, negative_weight=1.0, interval=5, patience=3)
     model, kept = GateModel(agreed), []
-    fit(model, agreed, made, parts, settings, Progress(), seed=0, report=lambda now: kept.append(copy.deepcopy(now)))
+    fit(model, agreed, made, parts, settings, FitProgress(), seed=0, report=lambda now: kept.append(copy.deepcopy(now)))
     resumed, stopped = GateModel(agreed), kept[-1].step
     fit(resumed, agreed, made, parts, settings, kept[-1], seed=0, report=silent)
     assert kept[-1].step == stopped < 200
@@ -183,7 +183,7 @@ def test_losses_that_are_no_numbers_are_named(place, words):
             made,
             (torch.arange(40), torch.arange(40, 60)),
             settings,
-            Progress(),
+            FitProgress(),
             seed=0,
             report=silent,
         )
@@ -287,7 +287,7 @@ class MadeUpPolicy:
 
 def test_refinement_raises_the_greedy_reward_on_held_out_prompts():
     agreed = contract()
-    policy, model, progress = MadeUpPolicy(agreed), GateModel(agreed), Progress(phase="refine")
+    policy, model, progress = MadeUpPolicy(agreed), GateModel(agreed), FitProgress(phase="refine")
     settings = Refinement(steps=30, prompts=16, group=8, learning_rate=5e-3, interval=10)
     refine(model, agreed, policy, (list(range(48)), list(range(48, 64))), settings, progress, seed=0, report=silent)
     measured = [point.validation for point in progress.points if point.validation is not None]
@@ -301,7 +301,7 @@ def test_refinement_raises_the_greedy_reward_on_held_out_prompts():
 def test_a_refinement_that_was_killed_after_its_early_stop_does_not_go_on():
     agreed = contract()
     policy, model = MadeUpPolicy(agreed), GateModel(agreed)
-    progress = Progress(phase="refine")
+    progress = FitProgress(phase="refine")
     settings = Refinement(steps=50, prompts=4, group=4, learning_rate=0.0, interval=1, patience=2)
     refine(model, agreed, policy, ([0, 1, 2, 3], [4, 5]), settings, progress, seed=0, report=silent)
     assert (progress.step, progress.since) == (2, 2)
@@ -322,7 +322,7 @@ def test_a_step_without_a_difference_changes_nothing():
     policy.sample = alike
     before = [parameter.clone() for parameter in model.parameters()]
     settings = Refinement(steps=2, prompts=4, group=4)
-    refine(model, agreed, policy, ([0, 1, 2, 3], []), settings, Progress(phase="refine"), seed=0, report=silent)
+    refine(model, agreed, policy, ([0, 1, 2, 3], []), settings, FitProgress(phase="refine"), seed=0, report=silent)
     assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.special import softmax
 
-from server.coordinator.gate import Gate
+from server.coordinator.gate import GateRunner
 from server.policy import Contrastive, FusionRoute, Product, Select, Single, Uniform
 from server.policy import Gate as GatePolicy
 from server.request import FinishReason
@@ -340,7 +340,7 @@ class BrokenEngine(FakeEngine):
 @pytest.fixture
 def gate(monkeypatch) -> GateStandIn:
     stand_in = GateStandIn()
-    monkeypatch.setattr("server.coordinator.process.load_gate", lambda *args, **kwargs: Gate(stand_in))
+    monkeypatch.setattr("server.coordinator.process.load_gate", lambda *args, **kwargs: GateRunner(stand_in))
     monkeypatch.setattr("server.coordinator.process.vocabulary_hash", lambda path: "")
     return stand_in
 

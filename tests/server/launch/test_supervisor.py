@@ -100,7 +100,7 @@ def test_the_shared_memory_of_an_experts_ranks_goes_with_them(tmp_path):
 
 def test_a_child_does_not_outlive_its_parent(tmp_path):
     program = (
-        "import sys; from server.launch.supervisor import spawn; from tests.server import children\n"
+        "import sys; from server.launch.supervisor import spawn; from tests.support import children\n"
         "child = spawn('child', children.linger, sys.argv[1]); print(child.process.pid, flush=True)\n"
         "child.process.join()"
     )

@@ -21,7 +21,7 @@ from server.remote.agreement import Offer, Terms
 from server.remote.dialer import Dialer
 from server.remote.listener import Door
 from server.wire.api import Abort, FromApi, GetStats
-from server.wire.channel import Connection
+from server.wire.channel import ConnectedChannel
 from tests.support.fakes import FakeEngine, FakeModel
 from tests.support.hosts import KEY, Host, free_port, write_models
 from tests.support.paths import DEMO
@@ -93,8 +93,8 @@ def test_a_worker_that_hangs_after_its_coordinator_has_gone_ends(monkeypatch):
 )
 def test_a_peer_that_sends_rubbish_is_cut_off(data):
     ours, theirs = socket.socketpair()
-    channel: Connection = Connection(ours, FromApi)
-    other: Connection = Connection(theirs, FromApi)
+    channel: ConnectedChannel = ConnectedChannel(ours, FromApi)
+    other: ConnectedChannel = ConnectedChannel(theirs, FromApi)
     other.send(Abort([1]))
     theirs.sendall(data)
     assert channel.receive(5) == Abort([1])

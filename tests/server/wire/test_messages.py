@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from server import messages
+from server.wire import api, base, expert, stats, supervisor
 from server.policy import Single, Uniform, Weights
 from server.request import FinishReason, SamplingParams, SequenceRequest
 from server.wire.api import (
@@ -46,7 +46,7 @@ EXPERT = ExpertStats("a", True, "0.32.0", 2, HISTOGRAM, 5, HISTOGRAM, 0.5, 4, 0.
 FUSION = FusionStats(18, 6, {"certain": 12, "open": 6}, HISTOGRAM)
 
 SAMPLES = {
-    messages.FromApi: [
+    api.FromApi: [
         Submit([REQUEST, SequenceRequest(1, [[1], [1]], Single("a"))]),
         Submit([SequenceRequest(1, [[1]], Uniform(space="prob"))]),
         Abort([1, 2]),
@@ -54,7 +54,7 @@ SAMPLES = {
         LoadGate("/gates/gate.pt"),
         RunBare([0, 2], Bare(4, 5, 6)),
     ],
-    messages.ToApi: [
+    api.ToApi: [
         Progress([4, 5], [0, 9], {4: Choice(-0.5, 1, [(1, -0.5), (2, -1.5)], [0.5, -0.5])}, {5: 16}),
         Recorded([4, 5], b"\x01" * 16, b"\x02" * 16, b"\x03" * 8),
         Ended(4, FinishReason.STOP, 17),
@@ -65,13 +65,13 @@ SAMPLES = {
         BareTimes({0: [0.1, 0.2], 3: []}),
         Stop(),
     ],
-    messages.ToExpert: [
+    expert.ToExpert: [
         Tick(3, b"\x01\x00\x00\x00", [1], [2, 3], [Add(1, 2**40, [5, 6], -(2**50), [7], 0.5, True)]),
         Gather(7, b"\x00" * 8, b"\xff" * 16),
         Bare(1, 2, 3),
         Stop(),
     ],
-    messages.FromExpert: [
+    expert.FromExpert: [
         Ready(4096, 16, 2048, 264, 128, "0.32.0"),
         Report(1, b"\x00" * 4, b"\x01" * 4, b"\x02" * 8, b"\x03" * 8, b"", b"\x04" * 4, 0.01, LOAD, {2**40: 16}),
         LOAD,
@@ -80,8 +80,8 @@ SAMPLES = {
         Refused(2**40, "not a grammar"),
         BareDone([0.1, 0.2]),
     ],
-    messages.FromSupervisor: [ExpertUp(1, 2), ExpertDown(1, 2, "ended with exit code -9"), Drain(30.0), Stop()],
-    messages.ToSupervisor: [
+    supervisor.FromSupervisor: [ExpertUp(1, 2), ExpertDown(1, 2, "ended with exit code -9"), Drain(30.0), Stop()],
+    supervisor.ToSupervisor: [
         CoordinatorReady(),
         RestartExpert(0, 4, "no answer for 60 s"),
         RemoteNote(1, ""),
@@ -109,7 +109,8 @@ def test_no_message_is_left_out():
             yield from parts(item)
 
     sampled = {kind for _, sample in CASES for kind in parts(sample)}
-    defined = {kind for kind in vars(messages).values() if isinstance(kind, type) and issubclass(kind, Message)}
+    named = [kind for module in (api, base, expert, stats, supervisor) for kind in vars(module).values()]
+    defined = {kind for kind in named if isinstance(kind, type) and issubclass(kind, Message)}
     assert defined - sampled == {Message}
 
 

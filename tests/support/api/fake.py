@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.request import FinishReason, SequenceRequest
-from server.wire.api import Abort, Choice, Ended, FromApi, GetStats, Progress, Status, Submit, Timing, ToApi
+from server.wire.api import Abort, Choice, Ended, FromApi, GetStats, Progress, SequenceTiming, Status, Submit, ToApi
 from server.wire.base import Stop
 from server.wire.channel import AsyncChannel
 from server.wire.stats import ExpertStats, FusionStats, Histogram, Stats
@@ -111,13 +111,13 @@ class FakeCoordinator:
                 self.running.discard(number)
                 await self._channel.send(_ended(script, asked[number], plan))
 
-    def _timing(self, sequence: SequenceRequest, came: float) -> Timing:
+    def _timing(self, sequence: SequenceRequest, came: float) -> SequenceTiming:
         """Queued for a tenth of the time until now; the experts read the prompt one after another in the rest."""
         now = time.perf_counter()
         admitted = came + (now - came) / 10
         share = (now - admitted) / len(sequence.prompts)
         prefilled = [admitted + share * (index + 1) if own else 0.0 for index, own in enumerate(sequence.prompts)]
-        return Timing(came, prefilled, admitted, now)
+        return SequenceTiming(came, prefilled, admitted, now)
 
     def _choice(self, sequence: SequenceRequest, token: int) -> Choice:
         """The token has log-probability -0.5, the id before it -1, the one before that -2 and so on."""

@@ -20,7 +20,19 @@ from server.errors import EngineError
 from server.expert.worker import Projector, Worker
 from server.placement import expert_socket
 from server.request import SequenceRequest
-from server.wire.api import Abort, Choice, Ended, FromApi, GetStats, Progress, Recorded, Status, Submit, Timing, ToApi
+from server.wire.api import (
+    Abort,
+    Choice,
+    Ended,
+    FromApi,
+    GetStats,
+    Progress,
+    Recorded,
+    SequenceTiming,
+    Status,
+    Submit,
+    ToApi,
+)
 from server.wire.base import Stop
 from server.wire.channel import Channel, endpoint
 from server.wire.expert import FromExpert, Gather, ToExpert
@@ -75,7 +87,7 @@ class Deployment:
         self.tokens: dict[int, list[int]] = defaultdict(list)
         self.choices: dict[int, list[Choice]] = defaultdict(list)
         self.cached: dict[int, int] = {}
-        self.timings: dict[int, Timing] = {}
+        self.timings: dict[int, SequenceTiming] = {}
         self.ended: dict[int, Ended] = {}
         self.statuses: list[Status] = []
         self.records: list[Recorded] = []
