@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from server.wire import api, base, expert, stats, supervisor
 from server.policy import Single, Uniform, Weights
 from server.request import FinishReason, SamplingParams, SequenceRequest
+from server.wire import api, base, expert, stats, supervisor
 from server.wire.api import (
     Abort,
     BareTimes,
