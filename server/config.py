@@ -62,30 +62,37 @@ class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ExpertConfig(_Struct, frozen=True):
-    """One expert: a vLLM engine in a process of its own.
-
-    `model`: a directory in Hugging Face format. `device`: "cpu" or "cuda"; `cpus`: the cores of a CPU expert (default:
-    the expert's share of this process's cores, in turn); `gpus`: indices of its GPUs, `tensor_parallel_size` of them
-    (default: the next free ones). `kv_cache_memory`: bytes as "64MiB", "20GiB". `chat_template`: a Jinja file used
-    instead of the model's own. `system_prompt`: put before the conversation, for this expert only, where the client
-    sends no system message. `engine_args`: further vLLM EngineArgs, by name, passed on as they are. `address`:
-    "host:port" where `polylogit expert` runs it on another host; its cores and GPUs are that host's then.
-    """
+    """One expert: a vLLM engine in a process of its own."""
 
     name: Name
+    """Its name: how clients, policies, metrics and logs call it."""
     model: str
+    """A directory in Hugging Face format."""
     address: str | None = None
+    """`host:port` where `polylogit expert` runs it on another host; its cores and GPUs are that host's then."""
     device: Literal["cpu", "cuda"] = "cpu"
+    """Where its engine runs."""
     cpus: list[Annotated[int, msgspec.Meta(ge=0)]] | None = None
+    """The cores of a CPU expert. Default: its share of this process's cores, in turn."""
     gpus: list[Annotated[int, msgspec.Meta(ge=0)]] | None = None
+    """Indexes of its GPUs, `tensor_parallel_size` of them. Default: the next free ones."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Of its weights and activations, as in vLLM; `auto` takes the checkpoint's."""
     kv_cache_memory: str | None = None
+    """Memory for its KV cache, as `64MiB` or `20GiB`. Default: vLLM decides."""
     max_model_len: Positive | None = None
+    """Its context in tokens, as in vLLM. Default: the model's."""
     max_num_batched_tokens: Positive | None = None
+    """Tokens that one engine step may process, as in vLLM. Default: vLLM's."""
     tensor_parallel_size: Positive = 1
+    """Over how many GPUs its weights are split, as in vLLM."""
     chat_template: str | None = None
+    """A Jinja file used instead of the model's own chat template."""
     system_prompt: str | None = None
+    """Put before the conversation, for this expert only, where the client sends no system message."""
     engine_args: dict[str, Any] = {}
+    """Further vLLM EngineArgs by name, passed on as they are. What has a key of its own, and what the lockstep
+    depends on, is refused."""
 
     @property
     def host(self) -> str | None:
@@ -94,83 +101,115 @@ class ExpertConfig(_Struct, frozen=True):
 
 
 class GateConfig(_Struct, frozen=True):
-    """The gate checkpoint. `on_failure`: what happens to a token for which the gate raises or returns nonsense."""
+    """The gate checkpoint."""
 
     file: str
+    """The TorchScript checkpoint that `polylogit train` writes."""
     sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")] | None = None
+    """Its digest; another file is refused. A checkpoint is code: pin it."""
     on_failure: Literal["uniform", "fail"] = "uniform"
+    """What happens to a token for which the gate raises or returns nonsense: all experts weigh alike, or the request
+    fails."""
 
 
 class Limits(_Struct, frozen=True):
-    """`sequences`: running at once; `queue`: waiting beyond that; times in seconds; `body_bytes`: of one HTTP body;
-    `key_requests`, `key_requests_per_minute`: what one API key may have running, and may start (None: no limit)."""
+    """What the deployment takes on, and how long it waits."""
 
     sequences: Positive = 64
+    """Sequences that run at once. A request with `n` choices has `n` of them."""
     queue: Annotated[int, msgspec.Meta(ge=0)] = 256
+    """Sequences that wait beyond those; more are answered with 503."""
     kv_watermark: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.05
+    """Share of each engine's KV cache that is kept free when a sequence is admitted beside others."""
     tick_seconds: Seconds = 60.0
+    """How long an engine may take for a step before it is taken for hung, and replaced."""
     start_seconds: Seconds = 600.0
+    """How long loading the experts may take."""
     grace_seconds: Annotated[float, msgspec.Meta(ge=0)] = 30.0
+    """How long running requests may go on after SIGTERM."""
     restarts_per_hour: Annotated[int, msgspec.Meta(ge=0)] = 10
+    """How often one expert's process is replaced within an hour before the deployment gives up."""
     body_bytes: Positive = 4_000_000
+    """The longest HTTP body; a longer one is answered with 413."""
     key_requests: Positive | None = None
+    """Requests that one API key may have running; more are answered with 429. Default: no limit."""
     key_requests_per_minute: Positive | None = None
+    """Requests that one API key may start a minute; more are answered with 429. Default: no limit."""
 
 
 class HttpConfig(_Struct, frozen=True):
-    """`api_keys_file`: one key a line; POLYLOGIT_API_KEYS (comma-separated) adds to it. No keys: no authentication.
-    `cors_origins`: empty for no CORS headers."""
+    """Where clients reach the API, and who may."""
 
     host: str = "127.0.0.1"
+    """The address to listen on."""
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8000
+    """The port to listen on; 0 takes a free one."""
     api_keys_file: str | None = None
+    """A file with one API key a line; the environment's `POLYLOGIT_API_KEYS` (comma-separated) adds to it. Without any
+    key, everybody who reaches the port may ask."""
     cors_origins: list[str] = []
+    """Origins of web pages that may ask, as `https://example.org`; none: no CORS headers."""
     keepalive_seconds: Seconds = 15.0
+    """How often a stream that has nothing to say sends a comment, so that proxies keep it open."""
     write_seconds: Seconds = 60.0
+    """How long an answer may wait for a client that does not read, before it is cut off."""
 
 
 class LoggingConfig(_Struct, frozen=True):
-    """`format`: lines for people, or one JSON object a line. Libraries' lines below `warning` are never shown."""
+    """What the processes write to stderr. Libraries' lines below `warning` are never shown."""
 
     format: Literal["text", "json"] = "text"
+    """Lines for people, or one JSON object a line."""
     level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least serious lines that are written."""
 
 
 class TracingConfig(_Struct, frozen=True):
-    """`endpoint`: where OpenTelemetry spans go, by OTLP over HTTP: http://collector:4318. Without it the variable
-    OTEL_EXPORTER_OTLP_ENDPOINT (or ..._TRACES_ENDPOINT) says where; without both nothing is traced."""
+    """OpenTelemetry traces."""
 
     endpoint: Annotated[str, msgspec.Meta(pattern="^https?://")] | None = None
+    """Where spans go, by OTLP over HTTP: `http://collector:4318`. Without it `OTEL_EXPORTER_OTLP_ENDPOINT` (or
+    `OTEL_EXPORTER_OTLP_TRACES_ENDPOINT`) says where; without both nothing is traced."""
 
 
 class Config(_Struct, frozen=True):
-    """A deployment. `policies` are offered under their names; `default_policy` answers for the deployment's own name.
-
-    `missing`: the log-probability of a token outside an expert's top-k: "tail" estimates it, "exact" asks the expert.
-    `example_prompt` is what the curl line printed at start asks; the playground offers it, and `examples`.
-    `on_expert_loss`: running sequences "wait" for the restart, go on without the expert ("degrade"), or "fail".
-    `tool_parser`: the format in which the chat templates have the models call tools; needed where a client leaves the
-    choice to the model. `cluster_key_file` holds the secret that the hosts share if experts have an `address`; without
-    it, POLYLOGIT_CLUSTER_KEY does.
-    """
+    """A deployment."""
 
     name: Name
+    """The model name that clients ask for."""
     experts: Annotated[list[ExpertConfig], msgspec.Meta(min_length=1, max_length=64)]
+    """The models that are fused. All need one vocabulary, token by token."""
     policies: dict[Name, Policy] = msgspec.field(default_factory=lambda: {"uniform": Uniform()})
+    """How experts may be fused: name -> policy, offered to clients as the model `NAME:POLICY`."""
     default_policy: str = "uniform"
+    """The policy that answers for the deployment's own name."""
     top_k: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 32
+    """Log-probabilities that each expert shows of each token."""
     missing: Literal["tail", "exact"] = "exact"
+    """The log-probability of a token outside an expert's top-k: `tail` estimates it, `exact` asks the expert."""
     gate: GateConfig | None = None
+    """The learned gate, for the policies that ask one."""
     on_expert_loss: Literal["wait", "degrade", "fail"] = "wait"
+    """Running sequences wait for the restart of a lost expert (`wait`), go on without it (`degrade`), or fail."""
     tool_parser: Literal["hermes"] | None = None
+    """The format in which the chat templates have the models call tools (`hermes`: Hermes, Qwen). Needed where a client
+    leaves the choice to the model (`tool_choice: auto`)."""
     example_prompt: str = "Hello!"
+    """What the curl line printed at start asks; the playground offers it first."""
     examples: list[str] = []
+    """More prompts that the playground offers."""
     cluster_key_file: str | None = None
+    """The secret that the hosts share if experts have an `address`; else the environment's `POLYLOGIT_CLUSTER_KEY`."""
     limits: Limits = Limits()
+    """What the deployment takes on, and how long it waits."""
     http: HttpConfig = HttpConfig()
+    """Where clients reach the API, and who may."""
     logging: LoggingConfig = LoggingConfig()
+    """What the processes write to stderr."""
     tracing: TracingConfig = TracingConfig()
+    """OpenTelemetry traces."""
     directory: str = "."
+    """Where the file lies: relative paths start there. Not a key of the file."""
 
     @property
     def expert_names(self) -> list[str]:

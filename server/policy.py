@@ -28,13 +28,16 @@ class Uniform(_Policy, frozen=True, tag="uniform"):
     """1/E each."""
 
     space: Space = "logprob"
+    """Whether log-probabilities are averaged (a geometric mean), or probabilities."""
 
 
 class Weights(_Policy, frozen=True, tag="weights"):
     """Constant coefficients by expert name; an expert not named has 0 and does not run."""
 
     weights: dict[str, float]
+    """Expert name -> coefficient. Any real number in log-probability space; none negative in probability space."""
     space: Space = "logprob"
+    """Whether log-probabilities are combined, or probabilities."""
 
     def __hash__(self) -> int:
         return hash((self.space, *sorted(self.weights.items())))
@@ -48,43 +51,56 @@ class Select(_Policy, frozen=True, tag="select"):
     """One expert per token: the gate's argmax, the lowest entropy, or the highest top-1 probability."""
 
     by: Literal["gate", "entropy", "confidence"] = "confidence"
+    """What picks the expert: the gate's largest coefficient, the lowest entropy, or the largest top-1 probability."""
 
 
 class Single(_Policy, frozen=True, tag="single"):
     """One expert alone; this is how each expert is served by its own name."""
 
     expert: str
+    """Its name."""
 
 
 class Contrastive(_Policy, frozen=True, tag="contrastive"):
     """log p = log p_expert - mu log p_amateur where p_expert >= plausibility * max p_expert (arXiv 2210.15097)."""
 
     expert: str
+    """The name of the expert that is believed."""
     amateur: str
+    """The name of the weaker one, whose habits are subtracted."""
     mu: float = 0.5
+    """How much of the amateur is subtracted."""
     plausibility: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.1
+    """Tokens less probable to the expert than this share of its most probable one cannot be chosen."""
 
 
 class Proxy(_Policy, frozen=True, tag="proxy"):
     """Proxy-tuning: log p = log p_base + alpha (log p_tuned - log p_untuned) (arXiv 2401.08565)."""
 
     base: str
+    """The name of the model that is steered."""
     tuned: str
+    """The name of a tuned model: what it says more of is added."""
     untuned: str
+    """The name of the same model before its tuning: what it says is subtracted."""
     alpha: float = 1.0
+    """How strongly the difference steers."""
 
 
 class FusionRoute(_Policy, frozen=True, tag="fusionroute"):
     """Router engine 1, the expert the gate prefers 1, others 0 (arXiv 2601.05106)."""
 
     router: str
+    """The name of the expert that is the router model."""
 
 
 class Perplexity(_Policy, frozen=True, tag="perplexity"):
     """w = softmax(-prompt cross-entropy / tau), fixed for the request (PackLLM, arXiv 2404.11531)."""
 
     tau: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    """Temperature of the softmax: the smaller, the more the expert that knows the prompt best is followed."""
     space: Space = "logprob"
+    """Whether log-probabilities are combined, or probabilities."""
 
 
 Policy = Gate | Uniform | Weights | Product | Select | Single | Contrastive | Proxy | FusionRoute | Perplexity

@@ -19,20 +19,26 @@ from server.text.conversation import Body, Conversation, Function, FunctionName
 
 class StreamOptions(Body):
     include_usage: bool = False
+    """One more chunk at the end, with the counts of tokens."""
     continuous_usage_stats: bool = False
+    """With `include_usage`: the counts so far in every chunk."""
     include_obfuscation: Literal[False] = False
+    """Not supported: only false."""
 
 
 class FusionOptions(Body):
-    """Our own: how this request is fused. `policy` is the name of an offered one; `coefficients` makes one,
-    in `space`; `temperature` divides the logits of single experts before fusion."""
+    """Our own: how this request is fused."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid")
 
     policy: str | None = Field(None, max_length=64)
+    """The name of a policy that the deployment offers."""
     coefficients: Annotated[dict[str, float], by_expert(-1000.0, 1000.0)] | None = None
+    """Expert name -> coefficient, -1000 to 1000: a policy of the request's own. Experts not named do not run."""
     space: Literal["logprob", "prob"] | None = None
+    """The space in which `coefficients` combine. Default: `logprob`."""
     temperature: Annotated[dict[str, float], by_expert(0.01, 100.0)] | None = None
+    """Expert name -> what its own logits are divided by before fusion, 0.01 to 100. Default: 1 for all."""
 
     @model_validator(mode="before")
     @classmethod
@@ -54,14 +60,20 @@ class JsonSchema(Body):
     """`strict` or not, the answer matches the schema."""
 
     name: str = Field(min_length=1, max_length=256)
+    """Any name; for the client's own use."""
     description: str | None = None
+    """For the client's own use."""
     definition: dict[str, Any] = Field(alias="schema")
+    """The JSON schema."""
     strict: bool | None = None
+    """Accepted either way: the answer always matches."""
 
 
 class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
+    """Free text, any JSON object, or JSON of a schema."""
     json_schema: JsonSchema | None = None
+    """The schema, for `json_schema`."""
 
     @model_validator(mode="after")
     def _has_schema(self) -> Self:
@@ -81,11 +93,14 @@ class ResponseFormat(Body):
 
 class NamedFunction(Body):
     name: FunctionName
+    """One of the tools' names."""
 
 
 class NamedTool(Body):
     type: Literal["function"]
+    """Always `function`."""
     function: NamedFunction
+    """The function that must be called."""
 
 
 def _tool_choice(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
@@ -100,30 +115,55 @@ class GenerationRequest(Body):
     """What chat and text completions share."""
 
     model: str | None = Field(None, max_length=256)
+    """`NAME`, `NAME:POLICY` or `NAME:EXPERT`, as `/v1/models` lists them. Default: the deployment's name."""
     stream: bool = False
+    """Answer as server-sent events, token by token."""
     stream_options: StreamOptions | None = None
+    """What a stream says besides tokens; only with `stream`."""
     n: int = Field(1, ge=1, le=16)
+    """How many choices are generated for each prompt."""
     seed: int | None = Field(None, ge=INT64_MIN, le=INT64_MAX)
+    """Makes sampling repeatable: the same text alone, in a batch and after an expert's restart. Default: random."""
     temperature: float = Field(1.0, ge=0, le=2)
+    """Of sampling, after fusion; 0 is greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
+    """Sample from the most probable tokens that together have this probability."""
     top_k: int = Field(0, ge=-1, le=2**31 - 1)
+    """Sample from the so many most probable tokens; 0 and -1: all."""
     min_p: float = Field(0.0, ge=0, le=1)
+    """Drop tokens less probable than this share of the most probable one."""
     presence_penalty: float = Field(0.0, ge=-2, le=2)
+    """Lowers every token that the answer has already."""
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    """Lowers a token for each time that the answer has it already."""
     repetition_penalty: float = Field(1.0, gt=0, le=10)
+    """Above 1: lowers tokens that the prompt or the answer has already, as in vLLM."""
     logit_bias: LogitBias = Field({})
+    """Token id -> what is added to its fused score, -100 to 100; at most 1024 entries."""
     stop: Stops = ()
+    """A string, or up to 4, of at most 1024 characters each, that end the answer."""
     stop_token_ids: list[TokenId] = Field([], max_length=128, fail_fast=True)
+    """Tokens that end the answer, besides the models' own."""
     include_stop_str_in_output: bool = False
+    """Whether the stop string stays in the answer."""
     ignore_eos: bool = False
+    """Go on after the models' end tokens."""
     min_tokens: int = Field(0, ge=0, le=INT64_MAX)
+    """No end before so many tokens."""
     skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
     return_token_ids: bool = False
+    """Return the ids of the prompt's and the answer's tokens, as vLLM does."""
     prompt_logprobs: int | None = Field(None, ge=0, le=20)
+    """Log-probabilities of the prompt's own tokens with so many alternatives, in vLLM's form; not with `stream`."""
     response_format: ResponseFormat = ResponseFormat(type="text")
+    """What the answer must be: free text, JSON, or JSON of a schema."""
     priority: int = Field(0, ge=-MOST_PRIORITY, le=MOST_PRIORITY)
+    """Lower runs earlier; ties in order of arrival."""
     fusion: FusionOptions | None = None
+    """How this request is fused, instead of as its model name says."""
     expert_weights: bool = False
+    """Return each token's coefficients by expert, and their means."""
 
     @model_validator(mode="after")
     def _options_need_stream(self) -> Self:
@@ -155,12 +195,21 @@ class GenerationRequest(Body):
 
 
 class ChatRequest(GenerationRequest, Conversation):
+    """A conversation to be continued."""
+
     tool_choice: Annotated[Literal["none", "auto", "required"] | NamedTool | None, WrapValidator(_tool_choice)] = None
+    """Whether tools are called: `none`, `auto`, `required`, or the one that an object names. Default: `auto`
+    if there are tools."""
     parallel_tool_calls: bool = True
+    """Whether one answer may call several times."""
     logprobs: bool = False
+    """Return each token's log-probability under the fused distribution."""
     top_logprobs: int = Field(0, ge=0, le=20)
+    """With `logprobs`: how many alternatives come with each token."""
     max_tokens: int | None = Field(None, ge=1, le=INT64_MAX)
+    """Longest answer in tokens. Default: what the experts' contexts leave."""
     max_completion_tokens: int | None = Field(None, ge=1, le=INT64_MAX)
+    """The same, and goes before `max_tokens`."""
 
     @model_validator(mode="after")
     def _choice_needs_tools(self) -> Self:
@@ -208,11 +257,18 @@ class ChatRequest(GenerationRequest, Conversation):
 
 
 class CompletionRequest(GenerationRequest):
+    """Text to be continued."""
+
     prompt: Prompts
+    """A string, strings, token ids, or lists of token ids: each prompt has `n` choices."""
     logprobs: int | None = Field(None, ge=0, le=20)
+    """Return each token's log-probability under the fused distribution, with so many alternatives."""
     max_tokens: int = Field(16, ge=0, le=INT64_MAX)
+    """Longest answer in tokens; 0 only with `echo` and `logprobs`."""
     echo: bool = False
+    """Return the prompt before the answer; with `logprobs`, its tokens' log-probabilities, too."""
     add_special_tokens: bool = True
+    """Whether the tokenizer adds its own special tokens to a prompt of text."""
 
     @model_validator(mode="after")
     def _has_something_to_say(self) -> Self:
@@ -237,17 +293,31 @@ class CompletionRequest(GenerationRequest):
 
 
 class TokenizeTextRequest(Body):
+    """Text to be turned into token ids."""
+
     model: str | None = Field(None, max_length=256)
+    """As for completions. Default: the deployment's name."""
     prompt: str
+    """The text."""
     add_special_tokens: bool = True
+    """Whether the tokenizer adds its own special tokens."""
     return_token_strs: bool = False
+    """Return the tokens as strings, too."""
 
 
 class TokenizeChatRequest(Conversation):
+    """A conversation to be turned into the token ids of its prompt."""
+
     model: str | None = Field(None, max_length=256)
+    """As for completions. Default: the deployment's name."""
     return_token_strs: bool = False
+    """Return the tokens as strings, too."""
 
 
 class DetokenizeRequest(Body):
+    """Token ids to be turned into text."""
+
     model: str | None = Field(None, max_length=256)
+    """As for completions. Default: the deployment's name."""
     tokens: list[TokenId] = Field(fail_fast=True)
+    """The ids."""

@@ -123,9 +123,11 @@ TemplateArguments = Annotated[
 
 
 class Body(BaseModel):
-    """Base of all requests, and of the objects in them."""
+    """Base of all requests, and of the objects in them. The lines under their fields are what /openapi.json says."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True, extra="ignore", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -135,14 +137,23 @@ class Body(BaseModel):
 
 class Message(Body):
     role: Role
+    """Who speaks. `developer` is shown to the templates as `system`."""
     content: Content = None
+    """Text, or a list of text parts, which are joined by newlines. Only an assistant's message may lack it."""
     name: str | None = None
+    """Passed on to the chat template."""
     tool_calls: ToolCalls = None
+    """The calls that an earlier turn of the assistant made; at most 128."""
     tool_call_id: str | None = None
+    """The call that a `tool` message answers; passed on to the chat template."""
     reasoning: str | None = None
+    """Passed on to the chat template."""
     reasoning_content: str | None = None
+    """Passed on to the chat template."""
     function_call: None = None
+    """Not supported: only null."""
     audio: None = None
+    """Not supported: only null."""
 
     @model_validator(mode="after")
     def _has_content(self) -> Self:
@@ -156,25 +167,38 @@ class Function(Body):
     describe stand for any object, unless `strict`."""
 
     name: FunctionName
+    """What a call names."""
     description: str | None = None
+    """For the model, by way of the chat template."""
     parameters: Parameters | None = None
+    """JSON schema of a call's arguments."""
     strict: bool | None = None
+    """Refuse parameters that no grammar can describe, rather than let them stand for any object."""
 
 
 class Tool(Body):
     type: Literal["function"]
+    """Always `function`."""
     function: Function
+    """The function that may be called."""
 
 
 class Conversation(Body):
     """What the chat template is given."""
 
     messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
+    """The conversation so far."""
     tools: list[Tool] = Field([], max_length=128, fail_fast=True)
+    """Functions that the model may call."""
     add_generation_prompt: bool | None = None
+    """Whether the template opens the assistant's turn. Default: yes, unless `continue_final_message`."""
     continue_final_message: bool = False
+    """The last message, the assistant's, is left open, and the answer continues it."""
     add_special_tokens: bool = False
+    """Whether the tokenizer adds its own special tokens around what the template wrote."""
     chat_template_kwargs: TemplateArguments = {}
+    """Variables for the chat template: `date_string`, `enable_thinking`, `preserve_thinking`, `reasoning_effort`,
+    `thinking`, `thinking_budget`; each a boolean, a number or a string of at most 64 characters."""
 
     @model_validator(mode="before")
     @classmethod
