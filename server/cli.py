@@ -108,9 +108,9 @@ def _serve(options: argparse.Namespace) -> int:
     config = msgspec.structs.replace(config, http=http, logging=_logging(options, config.logging))
     options.log_format = config.logging.format
     logs.configure(config.logging, "supervisor")
-    for line in check(config):
-        if "warning" in line:
-            logging.getLogger("polylogit").warning(line)
+    for finding in check(config):
+        if finding.warning:
+            logging.getLogger("polylogit").warning("%s: %s", finding.subject, finding.text)
 
     def announce(url: str) -> None:
         if config.logging.format == "json":
@@ -145,10 +145,10 @@ def _check(options: argparse.Namespace) -> int:
     from server.launch.check import check, check_port, check_remote
 
     config = load_config(options.config)
-    for line in check(config):
-        print(line)
-    for line in check_remote(config):
-        print(line)
+    for finding in check(config):
+        print(finding)
+    for finding in check_remote(config):
+        print(finding)
     check_port(config)
     print(f"{options.config}: ok")
     return 0

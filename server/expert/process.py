@@ -16,7 +16,7 @@ from server.config import Config, ExpertConfig
 from server.placement import Placement
 from server.remote.agreement import Terms, end_tokens, facts
 from server.remote.handshake import load_key
-from server.remote.listener import Door
+from server.remote.listener import Listener
 from server.wire.expert import Ready
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from server.expert.worker import Projector
 
 
-def run(config: Config, place: Placement, directory: Path, listener: socket.socket | None = None) -> None:
+def run(config: Config, place: Placement, directory: Path, bound: socket.socket | None = None) -> None:
     """Load the expert at `place` and serve it until told to stop; on another host than the coordinator's, for ever, to
-    one coordinator after another that comes to `listener` (of rank 0).
+    one coordinator after another that comes to `bound` (of rank 0).
 
     Raises whatever the engine raises while loading.
     """
@@ -38,13 +38,13 @@ def run(config: Config, place: Placement, directory: Path, listener: socket.sock
     if chosen.device == "cpu":
         torch.set_num_threads(len(place.cpus or (0,)))
 
-    from server.expert.ranks import converse, meeting
+    from server.expert.ranks import coordinator_link, meeting
     from server.expert.vllm_engine import VllmEngine
     from server.expert.worker import Worker
 
     # Before the engine: while it loads, the ranks find each other, so that the first tick reaches them all.
-    door = None if listener is None else _door(config, chosen, listener)
-    conversation = converse(place, chosen.tensor_parallel_size, directory, door)
+    listener = None if bound is None else _listener(config, chosen, bound)
+    link = coordinator_link(place, chosen.tensor_parallel_size, directory, listener)
     gate = projecting_gate(config, place)
     terms = Terms(exact=config.missing == "exact", projection="none" if gate is None else "gate")
     started = time.perf_counter()
@@ -64,7 +64,7 @@ def run(config: Config, place: Placement, directory: Path, listener: socket.sock
         projector = _projector(terms, gate)
         Worker(
             engine,
-            conversation,
+            link,
             expert=place.expert,
             top_k=config.top_k,
             projector=projector,
@@ -74,14 +74,14 @@ def run(config: Config, place: Placement, directory: Path, listener: socket.sock
     try:
         if chosen.address is None:
             serve(terms)
-        elif door is None:
+        elif listener is None:
             while True:  # a rank that hears what rank 0 hears, and is not heard
                 serve(terms)
         else:
-            serve_visitors(door, serve)
+            serve_visitors(listener, serve)
     finally:
         engine.close()
-        conversation.close()
+        link.close()
 
 
 def _settle(expert: ExpertConfig, place: Placement, directory: Path) -> None:
@@ -104,10 +104,10 @@ def _facts(info: Ready) -> dict[str, int | str]:
     return {"kv_tokens": info.kv_tokens, "max_model_len": info.max_model_len, "vllm": info.version}
 
 
-def serve_visitors(door: Door, serve: Callable[[Terms], None]) -> None:
-    """`serve` one coordinator after another, as each wishes, until the door is closed."""
-    door.open()
-    while (terms := door.admit()) is not None:
+def serve_visitors(listener: Listener, serve: Callable[[Terms], None]) -> None:
+    """`serve` one coordinator after another, as each wishes, until `listener` is closed."""
+    listener.open()
+    while (terms := listener.admit()) is not None:
         serve(terms)
 
 
@@ -119,8 +119,8 @@ def _projector(terms: Terms, gate: Checkpoint | None) -> Projector | None:
     return gate if terms.projection == "gate" else None
 
 
-def _door(config: Config, expert: ExpertConfig, listener: socket.socket) -> Door:
-    return Door(listener, load_key(config), facts(config, expert.name), hang_seconds=config.limits.tick_seconds)
+def _listener(config: Config, expert: ExpertConfig, bound: socket.socket) -> Listener:
+    return Listener(bound, load_key(config), facts(config, expert.name), hang_seconds=config.limits.tick_seconds)
 
 
 def environment(expert: ExpertConfig, place: Placement) -> dict[str, str]:

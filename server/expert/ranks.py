@@ -26,8 +26,8 @@ def meeting(directory: Path, place: Placement) -> Path:
     return directory / f"{directory.name}-{expert_socket(place.expert, place.generation)}-ranks"
 
 
-class Conversation(Protocol):
-    """A worker's end of the conversation with the coordinator."""
+class CoordinatorLink(Protocol):
+    """A worker's end of its conversation with the coordinator."""
 
     def send(self, message: FromExpert) -> None: ...
 
@@ -36,8 +36,10 @@ class Conversation(Protocol):
     def close(self) -> None: ...
 
 
-def converse(place: Placement, ranks: int, directory: Path, coordinator: Conversation | None = None) -> Conversation:
-    """The conversation of the process at `place`, one of `ranks`. `coordinator`: what the first rank has instead of a
+def coordinator_link(
+    place: Placement, ranks: int, directory: Path, coordinator: CoordinatorLink | None = None
+) -> CoordinatorLink:
+    """The link of the process at `place`, one of `ranks`. `coordinator`: what the first rank has instead of a
     socket of this host."""
     if place.rank:
         return _Follower(directory, place)
@@ -48,7 +50,7 @@ def converse(place: Placement, ranks: int, directory: Path, coordinator: Convers
 class _Leader:
     """Rank 0: passes every message on before acting on it."""
 
-    def __init__(self, channel: Conversation, directory: Path, place: Placement, ranks: int) -> None:
+    def __init__(self, channel: CoordinatorLink, directory: Path, place: Placement, ranks: int) -> None:
         self._channel = channel
         self._followers: list[Channel[Stop, ToExpert]] = [
             Channel(endpoint(directory, place.socket(rank)), Stop, bind=True) for rank in range(1, ranks)

@@ -17,7 +17,7 @@ import torch
 
 from server.expert.engine import Engine, Int32, Rows
 from server.expert.logprobs import Statistics, statistics
-from server.expert.ranks import Conversation
+from server.expert.ranks import CoordinatorLink
 from server.wire.base import Stop
 from server.wire.expert import Add, Bare, BareDone, Gather, Gathered, Refused, Report, Scored, Tick
 
@@ -45,7 +45,7 @@ class Worker:
     def __init__(
         self,
         engine: Engine,
-        channel: Conversation,
+        channel: CoordinatorLink,
         *,
         expert: int,
         top_k: int,

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import socket
+from dataclasses import dataclass
 from pathlib import Path
+
+import pynvml
 
 from gate.contract import CheckpointError, mismatches, read_contract, sha256_file, vocabulary_hash
 from server.config import Config, ExpertConfig
@@ -16,33 +18,37 @@ from server.remote.dialer import dialers
 from server.remote.handshake import load_key
 from server.text.model_files import ModelFiles, read_model_files
 
-_NVML = "libnvidia-ml.so.1"
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at. What is wrong is no finding, but a StartError."""
+
+    subject: str
+    """What it is about: "expert math", "gpus", "gate"."""
+    text: str
+    """What was found, a few words."""
+    warning: bool = False
+    """Whether somebody should know before the deployment runs: it is risky, or could not be looked at."""
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {'warning: ' if self.warning else ''}{self.text}"
 
 
-def check(config: Config, host: str | None = None) -> list[str]:
-    """Validate `config`; a line for each thing found right, or that could not be looked at (it has "warning" in it).
-    Raises StartError for the first that is wrong.
+def check(config: Config, host: str | None = None) -> list[Finding]:
+    """Validate `config`. Raises StartError for the first thing that is wrong.
 
     `host`: the one that this is, if it is not the one that runs `polylogit serve`.
     """
     files = {expert.name: _model_files(config, expert, host) for expert in config.experts}
-    lines = [
-        f"expert {name}: {', '.join(found.architectures) or 'model'}, vocabulary {found.vocab_size},"
-        f" context {found.max_positions}"
-        for name, found in files.items()
-    ]
     vocabulary = _one_vocabulary(files)
-    lines.append(f"vocabulary: the same in all experts ({vocabulary[:12]})")
-    lines.append(_check_devices(config, host))
-    lines += _check_gpus(config, host)
-    if any(expert.address is not None for expert in config.experts):
-        load_key(config)
-        lines.append("cluster key: given")
-    keys = config.http.api_keys_file
-    if host is None and keys is not None and not config.path(keys).is_file():
-        raise StartError(f"http.api_keys_file: no file at {keys}")
-    lines.append(_check_gate(config, vocabulary, [found.hidden_size for found in files.values()]))
-    return lines
+    return [
+        *(_described(name, found) for name, found in files.items()),
+        Finding("vocabulary", f"the same in all experts ({vocabulary[:12]})"),
+        _check_devices(config, host),
+        *_check_gpus(config, host),
+        *_check_keys(config, host),
+        *_check_gate(config, vocabulary, [found.hidden_size for found in files.values()]),
+    ]
 
 
 def check_port(config: Config) -> None:
@@ -56,20 +62,25 @@ def check_port(config: Config) -> None:
             raise StartError(f"http: cannot listen on {host}:{port}: {error.strerror}") from None
 
 
-def check_remote(config: Config) -> list[str]:
-    """A line for each expert on another host: it fits, or cannot be reached now. Raises StartError if one does not fit
-    or does not let this host in."""
-    lines = []
+def check_remote(config: Config) -> list[Finding]:
+    """A finding for each expert on another host: it fits, or cannot be reached now. Raises StartError if one does not
+    fit or does not let this host in."""
+    findings = []
     for index, dialer in dialers(config).items():
-        where = f"expert {config.experts[index].name}: {dialer.address}"
+        expert = f"expert {config.experts[index].name}"
         try:
             dialer.dial().close()
-            lines.append(f"{where}: reached, and fits")
+            findings.append(Finding(expert, f"{dialer.address}: reached, and fits"))
         except UnreachableError as error:
             if error.final:
-                raise StartError(f"expert {config.experts[index].name}: {error}") from None
-            lines.append(f"expert {config.experts[index].name}: warning: not reached: {error}")
-    return lines
+                raise StartError(f"{expert}: {error}") from None
+            findings.append(Finding(expert, f"not reached: {error}", warning=True))
+    return findings
+
+
+def _described(name: str, found: ModelFiles) -> Finding:
+    architectures = ", ".join(found.architectures) or "model"
+    return Finding(f"expert {name}", f"{architectures}, vocabulary {found.vocab_size}, context {found.max_positions}")
 
 
 def _model_files(config: Config, expert: ExpertConfig, host: str | None) -> ModelFiles:
@@ -111,7 +122,7 @@ def _vocabulary(expert: str, found: ModelFiles) -> str:
         raise StartError(f"expert {expert}: {found.tokenizer_path}: not a tokenizer: {error}") from None
 
 
-def _check_devices(config: Config, host: str | None) -> str:
+def _check_devices(config: Config, host: str | None) -> Finding:
     """No two experts on one GPU, no core that is not there."""
     taken: dict[tuple[str | None, int], str] = {}
     cores = os.sched_getaffinity(0)
@@ -121,10 +132,10 @@ def _check_devices(config: Config, host: str | None) -> str:
         for gpu in expert.gpus or ():
             if (other := taken.setdefault((expert.host, gpu), expert.name)) != expert.name:
                 raise StartError(f"expert {expert.name}: gpus: {gpu} is also expert {other}'s")
-    return "devices: no conflicts"
+    return Finding("devices", "no conflicts")
 
 
-def _check_gpus(config: Config, host: str | None) -> list[str]:
+def _check_gpus(config: Config, host: str | None) -> list[Finding]:
     """Every GPU that an expert of this host takes is there, if there is a driver to ask."""
     placed = zip(config.experts, expert_gpus(config), strict=True)
     taken = {gpu: expert.name for expert, gpus in placed if expert.host == host for gpu in gpus}
@@ -132,30 +143,40 @@ def _check_gpus(config: Config, host: str | None) -> list[str]:
         return []
     if (count := gpu_count()) is None:
         names = ", ".join(dict.fromkeys(taken.values()))
-        return [f"gpus: warning: cannot see any GPU driver: those of {names} not checked"]
+        return [Finding("gpus", f"cannot see any GPU driver: those of {names} not checked", warning=True)]
     if absent := sorted(gpu for gpu in taken if gpu >= count):
         raise StartError(f"expert {taken[absent[0]]}: gpus: there is no GPU {absent[0]} (found: {count})")
-    return [f"gpus: {len(taken)} of {count}"]
+    return [Finding("gpus", f"{len(taken)} of {count}")]
 
 
 def gpu_count() -> int | None:
-    """GPUs that this host, or container, has; None if no driver answers. By the driver's own library, counted as
-    experts see them: torch would take seconds, and no package is needed."""
+    """GPUs that this host, or container, has; None if no driver answers. Counted as experts see them, in the order of
+    their bus, by the driver's own library: importing torch would take seconds."""
     try:
-        nvml = ctypes.CDLL(_NVML)
-    except OSError:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
         return None
-    if nvml.nvmlInit_v2() != 0:
+    try:
+        return int(pynvml.nvmlDeviceGetCount())
+    except pynvml.NVMLError:
         return None
-    count = ctypes.c_uint()
-    failed = nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0
-    nvml.nvmlShutdown()
-    return None if failed else count.value
+    finally:
+        pynvml.nvmlShutdown()
 
 
-def _check_gate(config: Config, vocabulary: str, hidden_sizes: list[int]) -> str:
+def _check_keys(config: Config, host: str | None) -> list[Finding]:
+    keys = config.http.api_keys_file
+    if host is None and keys is not None and not config.path(keys).is_file():
+        raise StartError(f"http.api_keys_file: no file at {keys}")
+    if all(expert.address is None for expert in config.experts):
+        return []
+    load_key(config)
+    return [Finding("cluster key", "given")]
+
+
+def _check_gate(config: Config, vocabulary: str, hidden_sizes: list[int]) -> list[Finding]:
     if config.gate is None:
-        return "gate: none"
+        return [Finding("gate", "none")]
     path = config.path(config.gate.file)
     try:
         contract = read_contract(path)
@@ -171,8 +192,10 @@ def _check_gate(config: Config, vocabulary: str, hidden_sizes: list[int]) -> str
     )
     if problems:
         raise StartError(f"gate {config.gate.file}: {'; '.join(problems)}")
-    pinned = "sha256 pinned" if config.gate.sha256 else "warning: sha256 not pinned, and TorchScript is code"
-    return f"gate: fits ({contract.space} space, inputs {' and '.join(contract.inputs)}; {pinned})"
+    fits = f"fits ({contract.space} space, inputs {' and '.join(contract.inputs)}"
+    if config.gate.sha256 is not None:
+        return [Finding("gate", f"{fits}; sha256 pinned)")]
+    return [Finding("gate", f"{fits})"), Finding("gate", "sha256 not pinned, and TorchScript is code", warning=True)]
 
 
 def _check_digest(path: Path, expected: str | None) -> None:

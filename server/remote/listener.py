@@ -22,25 +22,25 @@ from server.wire.expert import FromExpert, ToExpert
 
 log = logging.getLogger("polylogit")
 
-_MOST_HANDSHAKES = 16
+_MAX_HANDSHAKES = 16
 """At the same time; whoever comes then is turned away at once."""
 _LOOK_SECONDS = 0.2
 
 
-class Door:
-    """Listens on `listener` (bound, not yet listening) from `open` on, in a thread.
+class Listener:
+    """Lets coordinators in at a bound socket from `open` on, in a thread.
 
-    As a conversation it is one coordinator's, from `admit` to the `Stop` that `receive` returns when the coordinator
-    says so or has gone; what is sent after that is lost. An engine that does not notice within `hang_seconds` that its
+    As a `CoordinatorLink` it is one coordinator's, from `admit` to the `Stop` that `receive` returns when that one says
+    so or has gone; what is sent after that goes nowhere. An engine that does not notice within `hang_seconds` that its
     coordinator has gone hangs: this process then ends, to be started again.
     """
 
-    def __init__(self, listener: socket.socket, key: bytes, facts: dict[str, str], *, hang_seconds: float) -> None:
-        self._listener = listener
+    def __init__(self, bound: socket.socket, key: bytes, facts: dict[str, str], *, hang_seconds: float) -> None:
+        self._socket = bound
         self._key = key
         self._facts = facts
         self._hang_seconds = hang_seconds
-        self._handshakes = threading.BoundedSemaphore(_MOST_HANDSHAKES)
+        self._handshakes = threading.BoundedSemaphore(_MAX_HANDSHAKES)
         self._admitted: queue.SimpleQueue[tuple[socket.socket, Terms] | None] = queue.SimpleQueue()
         self._vacant = threading.Lock()
         self._served: socket.socket | None = None
@@ -50,12 +50,12 @@ class Door:
 
     def open(self) -> None:
         """Let coordinators come."""
-        self._listener.listen()
-        log.info("waiting for a coordinator on %s:%s", *self._listener.getsockname()[:2])
-        threading.Thread(target=self._listen, name="door", daemon=True).start()
+        self._socket.listen()
+        log.info("waiting for a coordinator on %s:%s", *self._socket.getsockname()[:2])
+        threading.Thread(target=self._listen, name="listener", daemon=True).start()
 
     def admit(self) -> Terms | None:
-        """Wait for the next coordinator: what it wishes; None once the door is closed."""
+        """Wait for the next coordinator: what it wishes; None once this is closed."""
         if (admitted := self._admitted.get()) is None:
             return None
         peer, terms = admitted
@@ -85,8 +85,8 @@ class Door:
             return
         self._closed = True
         with contextlib.suppress(OSError):  # not yet opened
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
         self._part()
         self._admitted.put(None)
 
@@ -106,7 +106,7 @@ class Door:
     def _listen(self) -> None:
         while not self._closed:
             try:
-                peer, address = self._listener.accept()
+                peer, address = self._socket.accept()
             except OSError as error:
                 if not self._closed:
                     log.warning("cannot let anybody in: %s", error.strerror)

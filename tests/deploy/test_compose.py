@@ -17,7 +17,7 @@ import yaml
 from server.config import Config, load_config
 from server.errors import StartError
 from server.launch import supervisor
-from server.launch.check import check
+from server.launch.check import Finding, check
 from server.remote.handshake import KEY_VARIABLE
 from tests.support.compose import DEPLOY, ROOT, here, load, mounts, seconds
 
@@ -236,6 +236,6 @@ def test_two_hosts_pass_the_check(host: str | None, monkeypatch: pytest.MonkeyPa
     """Of either host, with the demo's models in place of the user's."""
     monkeypatch.setenv(KEY_VARIABLE, "k" * 32)
     monkeypatch.setattr("server.launch.check.gpu_count", lambda: {None: 1, "10.0.0.2": 2}[host])
-    lines = check(with_models_of_the_demo(configuration(SERVICES["api"])), host)
-    assert "devices: no conflicts" in lines
-    assert "cluster key: given" in lines
+    found = check(with_models_of_the_demo(configuration(SERVICES["api"])), host)
+    assert Finding("devices", "no conflicts") in found
+    assert Finding("cluster key", "given") in found

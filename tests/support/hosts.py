@@ -1,4 +1,4 @@
-"""Experts on another host, all of them in this process: workers behind a door on the loopback interface, a way to them
+"""Experts on another host, all of them in this process: workers that listen on the loopback interface, a way to them
 that can break, and a deployment that reaches them by it."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from server.expert.process import serve_visitors
 from server.expert.worker import Worker
 from server.launch.supervisor import bound
 from server.remote.agreement import Terms, facts
-from server.remote.listener import Door
+from server.remote.listener import Listener
 from server.wire.expert import ToExpert
 from tests.support.coordinator.harness import Deployment, KilledError
 from tests.support.fakes import HIDDEN, VOCABULARY, FakeEngine
@@ -46,7 +46,7 @@ class Host(threading.Thread):
         super().__init__(daemon=True)
         self._engine, self._config, self._expert, self.port = engine, config, expert, port
         self._bound = bound("--listen", "127.0.0.1", port)
-        self.door = _KillableDoor(
+        self.listener = _KillableListener(
             self._bound.__enter__(),
             KEY,
             facts(config, config.expert_names[expert]),
@@ -58,20 +58,20 @@ class Host(threading.Thread):
 
     def run(self) -> None:
         try:
-            serve_visitors(self.door, self._serve)
+            serve_visitors(self.listener, self._serve)
         except (EngineError, KilledError) as error:
             self.error = error
         finally:
-            self.door.close()
+            self.listener.close()
             self._bound.__exit__(None, None, None)
 
     def _serve(self, terms: Terms) -> None:
         self.terms.append(terms)
         top_k = self._config.top_k
-        Worker(self._engine, self.door, expert=self._expert, top_k=top_k, projector=None, retain=terms.exact).run()
+        Worker(self._engine, self.listener, expert=self._expert, top_k=top_k, projector=None, retain=terms.exact).run()
 
 
-class _KillableDoor(Door):
+class _KillableListener(Listener):
     def __init__(self, *arguments: Any, killed: threading.Event, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self._killed = killed
@@ -214,7 +214,7 @@ class TwoHosts(Deployment):
 
     def _close(self) -> bool:
         if self._workers[1] is not None:
-            self.host.door.dismiss()
+            self.host.listener.dismiss()
         self.way.thaw()
         stopped = super()._close()
         self.way.close()

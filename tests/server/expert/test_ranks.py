@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from server.expert.ranks import converse
+from server.expert.ranks import coordinator_link
 from server.placement import Placement
 from server.wire.base import Stop
 from server.wire.channel import Channel, endpoint
@@ -25,7 +25,7 @@ def place(rank: int) -> Placement:
 
 def test_every_rank_hears_everything_in_order_and_only_the_first_answers(tmp_path):
     coordinator: Channel[FromExpert, ToExpert] = Channel(endpoint(tmp_path, "expert-2-3"), FromExpert, bind=True)
-    leader, *followers = (converse(place(rank), 3, tmp_path) for rank in range(3))
+    leader, *followers = (coordinator_link(place(rank), 3, tmp_path) for rank in range(3))
     for follower in followers:
         follower.send(BareDone([2.0]))
     leader.send(BareDone([1.0]))
@@ -44,7 +44,7 @@ def test_every_rank_hears_everything_in_order_and_only_the_first_answers(tmp_pat
 def test_a_rank_hears_all_of_a_message_larger_than_the_buffers_before_the_first_acts_on_it(tmp_path):
     """Else they would wait for each other in the next step."""
     coordinator: Channel[FromExpert, ToExpert] = Channel(endpoint(tmp_path, "expert-2-3"), FromExpert, bind=True)
-    leader, follower = (converse(place(rank), 2, tmp_path) for rank in range(2))
+    leader, follower = (coordinator_link(place(rank), 2, tmp_path) for rank in range(2))
     adds = [Add(slot, slot, [100_000] * 5000, 0) for slot in range(64)]  # about 1.6 MB
     heard: list[ToExpert | None] = []
     reader = threading.Thread(target=lambda: heard.append(follower.receive(SECONDS)))
@@ -63,7 +63,7 @@ def test_a_rank_hears_all_of_a_message_larger_than_the_buffers_before_the_first_
 
 def test_a_single_rank_talks_to_the_coordinator_itself(tmp_path):
     coordinator: Channel[FromExpert, ToExpert] = Channel(endpoint(tmp_path, "expert-2-3"), FromExpert, bind=True)
-    alone = converse(place(0), 1, tmp_path)
+    alone = coordinator_link(place(0), 1, tmp_path)
     assert isinstance(alone, Channel)
     alone.send(BareDone([1.0]))
     assert coordinator.receive(SECONDS) == BareDone([1.0])

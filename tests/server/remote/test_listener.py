@@ -1,4 +1,4 @@
-"""The worker's door over real TCP, the frames behind it, and the commands of both hosts."""
+"""The worker's listener over real TCP, the frames behind it, and the commands of both hosts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 from server import cli
 from server.config import Config, parse_config
 from server.errors import StartError, UnreachableError
-from server.launch.check import check, check_remote
+from server.launch.check import Finding, check, check_remote
 from server.launch.expert_host import ExpertHost
 from server.launch.supervisor import bound
-from server.remote import listener as door_module
+from server.remote import listener as listener_module
 from server.remote.agreement import Offer, Terms
 from server.remote.dialer import Dialer
-from server.remote.listener import Door
+from server.remote.listener import Listener
 from server.wire.api import Abort, FromApi, GetStats
 from server.wire.channel import ConnectedChannel
 from tests.support.fakes import FakeEngine, FakeModel
@@ -43,31 +43,31 @@ def until(condition) -> None:
 def test_strangers_do_not_keep_the_coordinator_out(caplog):
     """Fifteen that say nothing and one that speaks HTTP; the place stays free."""
     port = free_port()
-    with bound("--listen", "127.0.0.1", port) as listener, caplog.at_level(logging.WARNING):
-        door = Door(listener, KEY, FACTS, hang_seconds=60)
-        door.open()
+    with bound("--listen", "127.0.0.1", port) as socket_here, caplog.at_level(logging.WARNING):
+        listener = Listener(socket_here, KEY, FACTS, hang_seconds=60)
+        listener.open()
         strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(15)]
         strangers[0].sendall(b"GET / HTTP/1.1\r\n\r\n")
         peer = dialer(port).dial()
-        assert door.admit() == Terms(exact=True, projection="none")
+        assert listener.admit() == Terms(exact=True, projection="none")
         for each in (peer, *strangers):
             each.close()
-        until(lambda: door.receive(0) is not None)  # Stop: it has gone
+        until(lambda: listener.receive(0) is not None)  # Stop: it has gone
         until(lambda: "turned 127.0.0.1 away: does not speak polylogit" in caplog.text)
-        door.close()
-        assert door.admit() is None
+        listener.close()
+        assert listener.admit() is None
 
 
 def test_a_worker_that_hangs_after_its_coordinator_has_gone_ends(monkeypatch):
     """Its engine does not come back to the socket; only the next coordinator that knocks can see it."""
     codes: list[int] = []
-    monkeypatch.setattr(door_module.os, "_exit", codes.append)
+    monkeypatch.setattr(listener_module.os, "_exit", codes.append)
     port = free_port()
-    with bound("--listen", "127.0.0.1", port) as listener:
-        door = Door(listener, KEY, FACTS, hang_seconds=0.3)
-        door.open()
+    with bound("--listen", "127.0.0.1", port) as socket_here:
+        listener = Listener(socket_here, KEY, FACTS, hang_seconds=0.3)
+        listener.open()
         first = dialer(port).dial()
-        door.admit()
+        listener.admit()
         for _ in range(2):  # it is there, however long
             with pytest.raises(UnreachableError, match="it serves another coordinator"):
                 dialer(port).dial()
@@ -82,7 +82,7 @@ def test_a_worker_that_hangs_after_its_coordinator_has_gone_ends(monkeypatch):
             return bool(codes)
 
         until(knock)
-        door.close()
+        listener.close()
     assert codes[0] == 1
 
 
@@ -118,19 +118,20 @@ def config(directory: Path, port: int, **settings) -> Config:
 
 def test_check_says_of_each_expert_elsewhere_whether_it_was_reached(tmp_path):
     given = config(tmp_path, port := free_port())
-    (line,) = check_remote(given)
-    assert line == f"expert b: warning: not reached: 127.0.0.1:{port}: Connection refused"
+    (finding,) = check_remote(given)
+    assert finding.warning
+    assert str(finding) == f"expert b: warning: not reached: 127.0.0.1:{port}: Connection refused"
     host = Host(FakeEngine(FakeModel(1)), given, 1, port)
     host.start()
 
     def reached() -> bool:
-        return check_remote(given) == [f"expert b: 127.0.0.1:{port}: reached, and fits"]
+        return check_remote(given) == [Finding("expert b", f"127.0.0.1:{port}: reached, and fits")]
 
     until(reached)
     until(reached)  # the worker is free again soon after
     with pytest.raises(StartError, match=r"expert b: .*top_k is 32 at the expert and 3 at the coordinator"):
         check_remote(config(tmp_path, port, top_k=3))
-    host.door.dismiss()
+    host.listener.dismiss()
     host.join(5)
     assert not host.is_alive()
 
@@ -147,7 +148,7 @@ def test_an_expert_elsewhere_needs_a_key_and_its_weights_only_there(tmp_path, mo
     with pytest.raises(StartError, match="needs a key that both hosts know"):
         check(parse_config(data, directory=tmp_path))
     monkeypatch.setenv("POLYLOGIT_CLUSTER_KEY", "k" * 32)
-    assert "cluster key: given" in check(parse_config(data, directory=tmp_path))
+    assert Finding("cluster key", "given") in check(parse_config(data, directory=tmp_path))
     with pytest.raises(StartError, match=r"expert text: .*has no weights"):
         check(parse_config(data, directory=tmp_path), host="10.0.0.2")
 
