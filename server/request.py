@@ -20,7 +20,7 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
-MOST_PRIORITY = 1 << 20
+MAX_PRIORITY = 1 << 20
 """Bound on a request's priority, either way."""
 
 
@@ -84,4 +84,4 @@ class SequenceRequest:
     timed: bool = False
     """Its first token comes with a `Timing`."""
     priority: int = 0
-    """Lower runs earlier, within +-MOST_PRIORITY; ties in order of arrival."""
+    """Lower runs earlier, within +-MAX_PRIORITY; ties in order of arrival."""

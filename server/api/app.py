@@ -59,12 +59,12 @@ def create_app(config: Config, client: EngineClient, tracing: Tracing | None = N
 
 def _add_middleware(app: FastAPI, config: Config, metrics: ApiMetrics, tracing: Tracing | None) -> None:
     """The last one added is the first to see a request."""
-    app.add_middleware(BodyLimited, most=config.limits.body_bytes)
+    app.add_middleware(BodyLimited, max_bytes=config.limits.body_bytes)
     digests, limits = key_digests(_keys(config)), config.limits
     if limits.key_requests or limits.key_requests_per_minute:
         if not digests:
             raise ConfigError("limits.key_requests and key_requests_per_minute need keys (http.api_keys_file)")
-        app.add_middleware(KeyLimited, most=limits.key_requests, per_minute=limits.key_requests_per_minute)
+        app.add_middleware(KeyLimited, max_running=limits.key_requests, per_minute=limits.key_requests_per_minute)
     if digests:
         app.add_middleware(KeyRequired, digests=digests)
     app.add_middleware(Observed, metrics=metrics, tracing=tracing)

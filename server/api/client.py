@@ -18,7 +18,7 @@ from server.wire.base import Stop
 from server.wire.stats import Stats
 
 # Events that may wait for a request whose client reads slowly.
-_MOST_WAITING = 16_384
+_MAX_WAITING = 16_384
 _RETRY_SECONDS = 5
 
 
@@ -65,11 +65,6 @@ class Generation:
         self.abort(*self._live)
 
     @property
-    def live(self) -> bool:
-        """Whether any sequence has not ended."""
-        return bool(self._live)
-
-    @property
     def unfinished(self) -> bool:
         """Whether there is anything left to read, now or later."""
         return bool(self._live or self._events or self._error)
@@ -95,7 +90,7 @@ class Generation:
             self._client.abort(numbers)
 
     def put(self, place: int, token: int, choice: Choice | None) -> None:
-        if len(self._events) >= _MOST_WAITING:
+        if len(self._events) >= _MAX_WAITING:
             self.fail(GenerationFailed("the client reads too slowly"))
             return
         self._events.append((place, token, choice))

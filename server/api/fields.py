@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
-MOST_STOPS, MOST_STOP_CHARACTERS = 4, 1024
+MAX_STOPS, MAX_STOP_CHARACTERS = 4, 1024
 
 TokenId = Annotated[int, Field(ge=0, le=INT64_MAX)]
 
@@ -18,11 +18,11 @@ def _stops(value: Any) -> tuple[str, ...]:
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list):
         raise ValueError("must be a string or a list of strings")
-    if len(strings) > MOST_STOPS:
-        raise ValueError(f"at most {MOST_STOPS} strings")
+    if len(strings) > MAX_STOPS:
+        raise ValueError(f"at most {MAX_STOPS} strings")
     for string in strings:
-        if not isinstance(string, str) or not 0 < len(string) <= MOST_STOP_CHARACTERS:
-            raise ValueError(f"must be strings of 1 to {MOST_STOP_CHARACTERS} characters")
+        if not isinstance(string, str) or not 0 < len(string) <= MAX_STOP_CHARACTERS:
+            raise ValueError(f"must be strings of 1 to {MAX_STOP_CHARACTERS} characters")
     return tuple(strings)
 
 

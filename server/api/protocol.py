@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
 from server.api.fields import INT64_MAX, INT64_MIN, LogitBias, Prompts, Stops, TokenId, by_expert
-from server.request import MOST_PRIORITY
+from server.request import MAX_PRIORITY
 from server.text.conversation import Body, Conversation, Function, FunctionName
 
 
@@ -158,7 +158,7 @@ class GenerationRequest(Body):
     """Log-probabilities of the prompt's own tokens with so many alternatives, in vLLM's form; not with `stream`."""
     response_format: ResponseFormat = ResponseFormat(type="text")
     """What the answer must be: free text, JSON, or JSON of a schema."""
-    priority: int = Field(0, ge=-MOST_PRIORITY, le=MOST_PRIORITY)
+    priority: int = Field(0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     """Lower runs earlier; ties in order of arrival."""
     fusion: FusionOptions | None = None
     """How this request is fused, instead of as its model name says."""
@@ -189,7 +189,7 @@ class GenerationRequest(Body):
         raise NotImplementedError
 
     @property
-    def most_tokens(self) -> int | None:
+    def max_new_tokens(self) -> int | None:
         """The client's limit of generated tokens; None for what the context leaves."""
         raise NotImplementedError
 
@@ -238,7 +238,7 @@ class ChatRequest(GenerationRequest, Conversation):
         return self.tool_choice == "required" or self.names_call
 
     @property
-    def most_calls(self) -> int | None:
+    def max_calls(self) -> int | None:
         return None if self.parallel_tool_calls and not self.names_call else 1
 
     @model_validator(mode="after")
@@ -252,7 +252,7 @@ class ChatRequest(GenerationRequest, Conversation):
         return self.top_logprobs if self.logprobs else None
 
     @property
-    def most_tokens(self) -> int | None:
+    def max_new_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
@@ -288,7 +288,7 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs
 
     @property
-    def most_tokens(self) -> int | None:
+    def max_new_tokens(self) -> int | None:
         return self.max_tokens
 
 

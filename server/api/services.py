@@ -15,7 +15,7 @@ from server.errors import BadRequest
 from server.metrics.api import ApiMetrics
 from server.text.deployment import Deployment, Ensemble
 
-_MOST_SEQUENCES = 1024
+_MAX_SEQUENCES = 1024
 """Of one request."""
 
 
@@ -28,12 +28,12 @@ class Services:
     def check_number(self, request: GenerationRequest, prompts: int) -> None:
         """More sequences than can ever run and queue would be refused for ever. Raises BadRequest."""
         limits = self.deployment.config.limits
-        most = min(_MOST_SEQUENCES, limits.sequences + limits.queue)
+        limit = min(_MAX_SEQUENCES, limits.sequences + limits.queue)
         for_each = request.n + (request.prompt_logprobs is not None)
-        if for_each > most:
-            raise BadRequest(f"n: at most {most} sequences", param="n")
-        if prompts * for_each > most:
-            raise BadRequest(f"prompt: at most {most} prompts times {for_each} sequences", param="prompt")
+        if for_each > limit:
+            raise BadRequest(f"n: at most {limit} sequences", param="n")
+        if prompts * for_each > limit:
+            raise BadRequest(f"prompt: at most {limit} prompts times {for_each} sequences", param="prompt")
 
     def sequences(self, ensemble: Ensemble, request: GenerationRequest, grammar: str | None) -> SequenceFactory:
         """Raises BadRequest for what only the vocabulary shows to be wrong."""

@@ -31,7 +31,7 @@ _OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completi
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PATH = "/v1/traces"
 _LAST_SECONDS = 2.0
-_MOST_SEQUENCES = 16
+_MAX_SEQUENCES = 16
 """Sequences of one request that get spans of their own."""
 
 
@@ -124,8 +124,8 @@ class RequestTrace:
 
     def timed(self, sequences: list[SequenceRequest]) -> list[SequenceRequest]:
         """The sequences, the first of them marked so that the coordinator says when what happened to them."""
-        marked = [replace(sequence, timed=True) for sequence in sequences[:_MOST_SEQUENCES]]
-        return marked + sequences[_MOST_SEQUENCES:]
+        marked = [replace(sequence, timed=True) for sequence in sequences[:_MAX_SEQUENCES]]
+        return marked + sequences[_MAX_SEQUENCES:]
 
     def generated(self, sequences: Sequence[SequenceRequest], generation: Generation, text_seconds: float) -> None:
         """Make the spans of the parts. `text_seconds`: spent on making text and events."""
@@ -186,7 +186,7 @@ def _asked(request: GenerationRequest) -> dict[str, Any]:
         "gen_ai.request.model": request.model,
         "gen_ai.request.stream": request.stream,
         "gen_ai.request.choice.count": request.n if request.n > 1 else None,
-        "gen_ai.request.max_tokens": request.most_tokens,
+        "gen_ai.request.max_tokens": request.max_new_tokens,
         "gen_ai.request.temperature": request.temperature,
         "gen_ai.request.top_p": request.top_p,
         "gen_ai.request.top_k": request.top_k if request.top_k > 0 else None,

@@ -12,8 +12,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidato
 
 from server.text.json_size import too_deep, too_much
 
-MOST_MESSAGES = 4096
-_MOST_CONTAINERS = 50_000  # in the arguments of all calls of a conversation
+MAX_MESSAGES = 4096
+_MAX_CONTAINERS = 50_000  # in the arguments of all calls of a conversation
 TEMPLATE_ARGUMENTS = (
     "date_string",
     "enable_thinking",
@@ -78,7 +78,7 @@ def check_arguments(messages: Any) -> None:
     """Calls' arguments are JSON in strings, which the count of the body's own structure does not see. Raises
     ValueError."""
     texts = [text.encode(errors="replace") for text in _arguments(messages)]
-    if fault := too_much(b"\n".join(texts), _MOST_CONTAINERS):
+    if fault := too_much(b"\n".join(texts), _MAX_CONTAINERS):
         raise ValueError(f"messages have tool_calls whose arguments have {fault}")
 
 
@@ -186,7 +186,7 @@ class Tool(Body):
 class Conversation(Body):
     """What the chat template is given."""
 
-    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     """The conversation so far."""
     tools: list[Tool] = Field([], max_length=128, fail_fast=True)
     """Functions that the model may call."""

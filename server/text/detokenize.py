@@ -13,7 +13,7 @@ from tokenizers.decoders import DecodeStream
 from server.text.tokenizer import Tokenizer
 
 _PROMPT_TAIL = 8  # tokens of the prompt that the first text may depend on (spaces, split characters)
-_MOST_PENDING = 16  # tokens without text; no character is longer, so the bytes are not UTF-8
+_MAX_PENDING = 16  # tokens without text; no character is longer, so the bytes are not UTF-8
 
 
 class TextStream:
@@ -35,7 +35,7 @@ class TextStream:
         except Exception:  # the library raises bare Exception where its own prefix stops matching
             return self.flush()
         if text is None:
-            return self.flush() if len(self._pending) >= _MOST_PENDING else ""
+            return self.flush() if len(self._pending) >= _MAX_PENDING else ""
         self._known, self._pending = self._pending, []
         return text
 

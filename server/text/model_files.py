@@ -40,7 +40,6 @@ class ModelFiles:
     hidden_size: int
     architectures: tuple[str, ...]
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
     chat_template: str | None
     special_tokens: Mapping[str, str]
 
@@ -67,7 +66,6 @@ def read_model_files(path: Path, *, weights: bool = True) -> ModelFiles:
         hidden_size=_integer(path, facts, "hidden_size", "n_embd", "d_model"),
         architectures=tuple(config.get("architectures") or ()),
         eos_token_ids=_eos_ids(generation, facts, ids.get(special.get("eos_token", ""))),
-        bos_token_id=next(iter(_ids([facts.get("bos_token_id"), ids.get(special.get("bos_token", ""))])), None),
         chat_template=_chat_template(path, tokenizer_config),
         special_tokens=special,
     )

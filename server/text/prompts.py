@@ -33,7 +33,7 @@ class Chat:
         """The prompt for `expert`. Raises BadRequest."""
         if expert.template is None:
             raise BadRequest(f"the expert {expert.name!r} has no chat template", param="model")
-        marks = Marks(expert.tokenizer, most=expert.max_model_len)
+        marks = Marks(expert.tokenizer, max_marks=expert.max_model_len)
         messages = [_hidden(message, marks) for message in self._with_system(expert.system_prompt)]
         if self._request.continue_final_message:
             messages[-1]["content"] += marks.tail

@@ -91,13 +91,13 @@ class ChatTemplate:
 class Marks:
     """Stand-ins for the special tokens that a client's text spells out, of one request.
 
-    The random part makes them impossible to forge from outside. `most`: how many fit a prompt, each being a token or
-    more.
+    The random part makes them impossible to forge from outside. `max_marks`: how many fit a prompt, each being a token
+    or more.
     """
 
-    def __init__(self, tokenizer: Tokenizer, most: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_marks: int) -> None:
         self._tokenizer = tokenizer
-        self._left = most
+        self._left = max_marks
         self._nonce = secrets.token_hex(8)
         self.tail = f"{_OPEN}{self._nonce}{_CLOSE} "  # the space tells whether the template trims
 

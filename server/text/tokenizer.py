@@ -51,10 +51,6 @@ class Tokenizer:
             raise StartError(f"{path}: not a tokenizer: {' '.join(str(error).split())[:200]}") from None
 
     @cached_property
-    def size(self) -> int:
-        return self.core.get_vocab_size(with_added_tokens=True)
-
-    @cached_property
     def longest_token(self) -> int:
         """Characters of the longest token; a text of N characters has at least N / longest_token tokens."""
         return max(len(token) for token in self.core.get_vocab(with_added_tokens=True))

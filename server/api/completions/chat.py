@@ -52,9 +52,8 @@ class ChatShape(Common):
 
     def __init__(self, request: ChatRequest, *arguments: Any, **named: Any) -> None:
         super().__init__(request, *arguments, **named)
-        most = request.most_calls
         self._named = request.names_call
-        self._calls = [CallStream(most) for _ in range(request.n)] if request.callable_tools else []
+        self._calls = [CallStream(request.max_calls) for _ in range(request.n)] if request.callable_tools else []
 
     def opening(self, answers: Sequence[Answer]) -> bytes:
         return b"".join(map(self._role, answers))

@@ -37,7 +37,7 @@ class SequenceFactory:
         grammar: str | None,
     ) -> None:
         _check_ids(request, ensemble)
-        self._choir = ensemble
+        self._ensemble = ensemble
         self._request = request
         self._number = number
         self._grammar = grammar
@@ -59,7 +59,7 @@ class SequenceFactory:
             SequenceRequest(
                 id=self._number(),
                 prompts=self._by_expert([ids[:1] for ids in prompt.ids]),
-                policy=self._choir.policy,
+                policy=self._ensemble.policy,
                 max_tokens=len(prompt.ids[0]) - 1,
                 temperatures=self._temperatures,
                 top_logprobs=self._request.prompt_logprobs,
@@ -75,7 +75,7 @@ class SequenceFactory:
         return SequenceRequest(
             id=self._number(),
             prompts=self._by_expert([ids[:1] for ids in prompt.ids] if prompt.scored else prompt.ids),
-            policy=self._choir.policy,
+            policy=self._ensemble.policy,
             sampling=self._sampling(choice),
             max_tokens=len(given) + self._max_tokens(prompt.room),
             min_tokens=len(given) + min(request.min_tokens, prompt.room),
@@ -89,12 +89,12 @@ class SequenceFactory:
         )
 
     def _max_tokens(self, room: int) -> int:
-        most = self._request.most_tokens
-        return room if most is None else min(most, room)
+        limit = self._request.max_new_tokens
+        return room if limit is None else min(limit, room)
 
     def _by_expert(self, ids: Sequence[list[int]]) -> list[list[int]]:
         prompts: list[list[int]] = [[] for _ in range(self._experts)]
-        for index, own in zip(self._choir.indexes, ids, strict=True):
+        for index, own in zip(self._ensemble.indexes, ids, strict=True):
             prompts[index] = own
         return prompts
 
@@ -120,5 +120,5 @@ def _check_ids(request: GenerationRequest, ensemble: Ensemble) -> None:
         raise BadRequest(f"logit_bias: token ids are integers from 0 to {last}", param="logit_bias")
     if request.stop_token_ids and max(request.stop_token_ids) > last:
         raise BadRequest(f"stop_token_ids: token ids are integers from 0 to {last}", param="stop_token_ids")
-    if request.most_tokens is not None and request.min_tokens > request.most_tokens:
+    if request.max_new_tokens is not None and request.min_tokens > request.max_new_tokens:
         raise BadRequest("min_tokens is more than max_tokens", param="min_tokens")

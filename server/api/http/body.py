@@ -20,9 +20,9 @@ from server.text.json_size import too_much
 Model = TypeVar("Model", bound=Body)
 
 _READ_SECONDS = 60.0
-_MOST_CONTAINERS = 50_000
+_MAX_CONTAINERS = 50_000
 _LONG = 100_000  # bytes from which a body is validated outside of the event loop
-_MOST_FAULTS = 10
+_MAX_FAULTS = 10
 _ECHO = 200
 
 # Fields that OpenAI or vLLM know and a model here does not: the values that ask for nothing.
@@ -96,7 +96,7 @@ async def read_json(request: Request) -> dict[str, Any]:
             raw = await request.body()
     except TimeoutError:
         raise BadRequest("the body did not arrive in time") from None
-    if fault := too_much(raw, _MOST_CONTAINERS):
+    if fault := too_much(raw, _MAX_CONTAINERS):
         raise BadRequest(f"the body has {fault}", code="invalid_json")
     await asyncio.sleep(0)  # of a long body each step takes some 20 ms: others get a turn between them
     try:
@@ -123,9 +123,9 @@ def parse(model: type[Model], body: Mapping[str, Any]) -> Model:
 
 def _bad_request(error: ValidationError) -> BadRequest:
     faults = error.errors(include_url=False, include_context=False)
-    lines = [_line(fault) for fault in faults[:_MOST_FAULTS]]
-    if len(faults) > _MOST_FAULTS:
-        lines.append(f"and {len(faults) - _MOST_FAULTS} more")
+    lines = [_line(fault) for fault in faults[:_MAX_FAULTS]]
+    if len(faults) > _MAX_FAULTS:
+        lines.append(f"and {len(faults) - _MAX_FAULTS} more")
     return BadRequest("; ".join(lines), param=_where(faults[0]["loc"]) or _mentioned(faults[0]["msg"]))
 
 

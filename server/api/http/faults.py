@@ -14,7 +14,7 @@ from starlette.responses import Response
 from server.api.http.account import account_of
 from server.errors import Overloaded, RateLimited, RequestError
 
-_MOST_CHARACTERS = 16_000
+_MAX_CHARACTERS = 16_000
 
 
 class UnsupportedMedia(RequestError):
@@ -72,5 +72,5 @@ def _sentence(request: Request, error: HTTPException) -> str:
 
 
 def _encode(message: str, kind: str, param: str | None, code: str | None) -> bytes:
-    message = message[:_MOST_CHARACTERS].encode("utf-8", errors="replace").decode()
+    message = message[:_MAX_CHARACTERS].encode("utf-8", errors="replace").decode()
     return msgspec.json.encode({"error": {"message": message, "type": kind, "param": param, "code": code}})

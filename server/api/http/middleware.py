@@ -167,16 +167,16 @@ class BodyLimited:
     """Refuses a body that is too long, by its declared length or as it arrives, and one that is
     compressed."""
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
-        self._most = most
+        self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if _header(scope, b"content-encoding").lower() not in (b"", b"identity"):
             await error_response(UnsupportedMedia("compressed bodies are not accepted"))(scope, receive, send)
             return
         length = _header(scope, b"content-length")
-        if length.isdigit() and (len(length) > 15 or int(length) > self._most):
+        if length.isdigit() and (len(length) > 15 or int(length) > self._max_bytes):
             await error_response(self._fault())(scope, receive, send)
             return
         arrived = 0
@@ -185,14 +185,14 @@ class BodyLimited:
             nonlocal arrived
             message = await receive()
             arrived += len(message.get("body", b""))
-            if arrived > self._most:
+            if arrived > self._max_bytes:
                 raise self._fault()
             return message
 
         await self._app(scope, counted, send)
 
     def _fault(self) -> BodyTooLarge:
-        return BodyTooLarge(f"the body is longer than {self._most} bytes")
+        return BodyTooLarge(f"the body is longer than {self._max_bytes} bytes")
 
 
 def _is_open(scope: Scope) -> bool:

@@ -26,14 +26,14 @@ class _Use:
 
 
 class KeyLimited:
-    """Refuses generating requests with 429 where their key already runs `most` of them, or has started `per_minute`
-    (a bucket of so many requests that refills evenly). None: no limit."""
+    """Refuses generating requests with 429 where their key already runs `max_running` of them, or has started
+    `per_minute` (a bucket of so many requests that refills evenly). None: no limit."""
 
     def __init__(
-        self, app: ASGIApp, most: int | None, per_minute: int | None, clock: Callable[[], float] = time.monotonic
+        self, app: ASGIApp, max_running: int | None, per_minute: int | None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._app = app
-        self._most = most
+        self._max_running = max_running
         self._per_minute = per_minute
         self._clock = clock
         self._uses: defaultdict[bytes, _Use] = defaultdict(lambda: _Use(float(per_minute or 0), clock()))
@@ -54,8 +54,8 @@ class KeyLimited:
 
     def _refusal(self, use: _Use) -> RateLimited | None:
         """Why `use` may not grow by a request; None if it may, and then the bucket is one lower."""
-        if self._most is not None and use.running >= self._most:
-            return RateLimited(f"this key may have {self._most} requests running", retry_after=1)
+        if self._max_running is not None and use.running >= self._max_running:
+            return RateLimited(f"this key may have {self._max_running} requests running", retry_after=1)
         if self._per_minute is None:
             return None
         now = self._clock()

@@ -16,8 +16,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from server.api.http.faults import error_object
 from server.errors import BadRequest
 
-_MOST_HEADERS = 100
-_MOST_BARE_BYTES = 64 * 1024
+_MAX_HEADERS = 100
+_MAX_BARE_BYTES = 64 * 1024
 _HEADER_SECONDS = 20.0
 _BODY_SECONDS = 75.0  # `server.api.http.body` waits less, and answers
 _KEEP_ALIVE_SECONDS = 75
@@ -52,7 +52,7 @@ class StrictConnection(HttpToolsProtocol):
         self._bare_bytes += len(data)
         self._unfinished = True
         super().data_received(data)
-        if self._bare_bytes > _MOST_BARE_BYTES:
+        if self._bare_bytes > _MAX_BARE_BYTES:
             self._refuse()
         elif not self._unfinished:
             self._unlimit()
@@ -67,7 +67,7 @@ class StrictConnection(HttpToolsProtocol):
         if not self._in_headers:  # a trailer
             return
         super().on_header(name, value)
-        if len(self.headers) > _MOST_HEADERS:
+        if len(self.headers) > _MAX_HEADERS:
             self._refuse()
 
     def on_headers_complete(self) -> None:

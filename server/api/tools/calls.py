@@ -18,7 +18,7 @@ import msgspec
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
-_MOST_HEAD = 1024
+_MAX_HEAD = 1024
 """Characters in which a call's name must be complete to be shown before its end."""
 _NOTABLE = re.compile(r'["\\{}]')
 
@@ -66,14 +66,14 @@ class _Place(Enum):
 
 
 class CallStream:
-    """Reads one answer. `most`: calls after so many are left out. `count` is how many there have been.
+    """Reads one answer. `max_calls`: calls after so many are left out. `count` is how many there have been.
 
     What stands between the tags and is no call stays content.
     """
 
-    def __init__(self, most: int | None = None) -> None:
+    def __init__(self, max_calls: int | None = None) -> None:
         self.count = 0
-        self._most = most
+        self._max_calls = max_calls
         self._place = _Place.CONTENT
         self._text = ""  # not yet shown
         self._searched = 0  # characters of it that cannot begin CLOSE
@@ -123,7 +123,7 @@ class CallStream:
         return False
 
     def _read_head(self, gained: Gained) -> bool:
-        match = _HEAD.match(self._text) if self._searched < _MOST_HEAD else None
+        match = _HEAD.match(self._text) if self._searched < _MAX_HEAD else None
         if match is not None and (name := _decoded(match[1])) is not None:
             self._begin(gained, name)
             self._depth, self._in_string, self._escaped = 0, False, False
@@ -200,8 +200,8 @@ class CallStream:
         return True
 
     def _limited(self, gained: Gained) -> Gained:
-        if self._most is not None:
-            gained.calls = [piece for piece in gained.calls if piece.index < self._most]
+        if self._max_calls is not None:
+            gained.calls = [piece for piece in gained.calls if piece.index < self._max_calls]
         return gained
 
 

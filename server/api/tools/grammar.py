@@ -25,9 +25,9 @@ Schema = dict[str, Any]
 _ANSWER, _TOOLS = "response_format", "tools"
 _COMPLAINT = re.compile(r"JSON schema: (.*?)\n +[0-9]+ \|", re.DOTALL)
 
-MOST_DEPTH = 64
-MOST_CHARACTERS = 200_000
-_MOST_COUNTS = {
+MAX_DEPTH = 64
+MAX_CHARACTERS = 200_000
+_MAX_COUNTS = {
     "minItems": 10_000,
     "maxItems": 10_000,
     "minProperties": 1_000,
@@ -51,7 +51,7 @@ async def completion_grammar(request: CompletionRequest) -> str | None:
 
 async def chat_grammar(request: ChatRequest) -> str | None:
     """What `request` must be answered with, None for anything. Raises BadRequest."""
-    tools, wanted, parallel = request.callable_tools, request.response_format, request.most_calls is None
+    tools, wanted, parallel = request.callable_tools, request.response_format, request.max_calls is None
     if request.forces_call:
         return await asyncio.to_thread(call_grammar, tools, parallel=parallel)
     if not wanted.constrains:
@@ -92,7 +92,7 @@ def call_or_text_grammar(tools: Sequence[Function], *, parallel: bool) -> str | 
         lines.append(f"head_{index}[lazy]: TEXT {head}")
         lines.append(f"arguments_{index}: {_followable(tool)}")
     grammar = "\n".join(lines) + "\n"
-    if len(grammar) > MOST_CHARACTERS and not any(tool.strict for tool in tools):
+    if len(grammar) > MAX_CHARACTERS and not any(tool.strict for tool in tools):
         return None
     return _valid(grammar, _TOOLS)
 
@@ -150,8 +150,8 @@ def _fault(schema: Schema) -> str | None:
     waiting: list[tuple[Any, int]] = [(schema, 1)]
     while waiting:
         value, depth = waiting.pop()
-        if depth > MOST_DEPTH:
-            return f"is nested deeper than {MOST_DEPTH} levels"
+        if depth > MAX_DEPTH:
+            return f"is nested deeper than {MAX_DEPTH} levels"
         if isinstance(value, list):
             waiting += [(item, depth + 1) for item in value if isinstance(item, dict | list)]
         else:
@@ -163,9 +163,9 @@ def _fault(schema: Schema) -> str | None:
 
 def _fault_of(schema: Schema) -> str | None:
     """The same of one level."""
-    for name, most in _MOST_COUNTS.items():
-        if isinstance(count := schema.get(name), int | float) and count > most:
-            return f"has {name} over {most}"
+    for name, limit in _MAX_COUNTS.items():
+        if isinstance(count := schema.get(name), int | float) and count > limit:
+            return f"has {name} over {limit}"
     by_pattern = schema.get("patternProperties")  # anything, where it is a property's name
     for expression in [schema.get("pattern"), *(by_pattern if isinstance(by_pattern, dict) else ())]:
         if isinstance(expression, str) and (fault := patterns.problem(expression)):
@@ -174,8 +174,8 @@ def _fault_of(schema: Schema) -> str | None:
 
 
 def _valid(grammar: str, param: str) -> str:
-    if len(grammar) > MOST_CHARACTERS:
-        raise BadRequest(f"{param}: more than {MOST_CHARACTERS} characters", param=param, code="invalid_schema")
+    if len(grammar) > MAX_CHARACTERS:
+        raise BadRequest(f"{param}: more than {MAX_CHARACTERS} characters", param=param, code="invalid_schema")
     if error := LLMatcher.validate_grammar(grammar):
         raise BadRequest(f"{param}: {_words(error)}", param=param, code="invalid_schema")
     return grammar

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-MOST_CHARACTERS = 1024
-MOST_REPEATS = 10_000
+MAX_CHARACTERS = 1024
+MAX_REPEATS = 10_000
 """Atoms of an expression with its counted repetitions written out."""
 
 _TOKEN = re.compile(
@@ -31,10 +31,10 @@ class _Branch:
     def is_ambiguous(self) -> bool:
         return self.ambiguous or (self.loose and not self.fixed)
 
-    def add(self, atom: _Atom, least: int, most: int | None) -> None:
-        self.size += atom.size * max(least, most or 0, 1)
-        self.fixed |= most is not None and least > 0 and not atom.ambiguous
-        self.loose |= most is None or atom.ambiguous
+    def add(self, atom: _Atom, minimum: int, maximum: int | None) -> None:
+        self.size += atom.size * max(minimum, maximum or 0, 1)
+        self.fixed |= maximum is not None and minimum > 0 and not atom.ambiguous
+        self.loose |= maximum is None or atom.ambiguous
 
 
 @dataclass
@@ -46,8 +46,8 @@ class _Atom:
 def problem(pattern: str) -> str | None:
     """Why `pattern` is refused: too long, too many repetitions, or a repetition of nothing but repetitions, as in
     (a+)+, which matches one text in exponentially many ways. None if it is not."""
-    if len(pattern) > MOST_CHARACTERS:
-        return f"has more than {MOST_CHARACTERS} characters"
+    if len(pattern) > MAX_CHARACTERS:
+        return f"has more than {MAX_CHARACTERS} characters"
     groups, atom = [_Branch()], None
     for token in _TOKEN.finditer(pattern):
         bounds = _bounds(token)
@@ -60,14 +60,14 @@ def problem(pattern: str) -> str | None:
             if atom is not None:
                 groups[-1].add(atom, 1, 1)
             atom = _enter(groups, token[0])
-        if groups[-1].size > MOST_REPEATS:
-            return f"has more than {MOST_REPEATS} repetitions"
+        if groups[-1].size > MAX_REPEATS:
+            return f"has more than {MAX_REPEATS} repetitions"
     return None
 
 
 def _enter(groups: list[_Branch], token: str) -> _Atom | None:
     """Take a token that is no quantifier; the atom that it completes."""
-    if token.startswith("(") and len(groups) <= MOST_CHARACTERS:
+    if token.startswith("(") and len(groups) <= MAX_CHARACTERS:
         groups.append(_Branch())
         return None
     if token == ")" and len(groups) > 1:
@@ -80,7 +80,7 @@ def _enter(groups: list[_Branch], token: str) -> _Atom | None:
 
 
 def _bounds(token: re.Match[str]) -> tuple[int, int | None] | None:
-    """(least, most) of a quantifier; None for any other token."""
+    """(minimum, maximum) of a quantifier; None for any other token."""
     match token[0]:
         case "*":
             return 0, None
@@ -90,7 +90,7 @@ def _bounds(token: re.Match[str]) -> tuple[int, int | None] | None:
             return 0, 1
     if token[1] is None:
         return None
-    least = int(token[1])
+    minimum = int(token[1])
     if token[3]:
-        return least, int(token[3])
-    return least, None if token[2] else least
+        return minimum, int(token[3])
+    return minimum, None if token[2] else minimum

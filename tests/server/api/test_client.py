@@ -65,7 +65,8 @@ async def test_tokens_find_their_request() -> None:
             ends = [Ended(number, FinishReason.STOP) for number in numbers]
             await link.say(*ends)
             assert await second.read() == [(0, ends[1], None), (1, ends[2], None)]
-            assert not first.live and not second.live
+            assert await first.read() == [(0, ends[0], None)]
+            assert not first.unfinished and not second.unfinished
         assert [type(message) for message in link.sent] == [Submit, Submit]
 
 
@@ -85,7 +86,7 @@ async def test_what_was_not_read_when_the_end_came_is_still_there() -> None:
         with client.start(one := sequences(client, 1)) as generation:
             end = Ended(one[0].id, FinishReason.LENGTH)
             await link.say(Progress([one[0].id], [7], {}), end)
-            assert not generation.live and generation.unfinished
+            assert generation.unfinished
             generation.abort(0)  # a stop string completed by the last token: nothing is left to stop
             assert await generation.read() == [(0, 7, None), (0, end, None)]
             assert not generation.unfinished
@@ -103,7 +104,7 @@ async def test_one_lost_sequence_ends_the_request() -> None:
 
 
 async def test_a_reader_that_never_reads_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.api.client._MOST_WAITING", 3)
+    monkeypatch.setattr("server.api.client._MAX_WAITING", 3)
     async with talking() as (link, client):
         with client.start(one := sequences(client, 1)) as generation:
             await link.say(*(Progress([one[0].id], [token], {}) for token in range(5)))

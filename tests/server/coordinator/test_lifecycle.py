@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from server.policy import Perplexity
-from server.request import MOST_PRIORITY, FinishReason
+from server.request import MAX_PRIORITY, FinishReason
 from tests.server.coordinator.test_alignment import HALF, assert_alone
 from tests.support.coordinator.harness import Deployment
 from tests.support.coordinator.reference import cross_entropy, generate, shares
@@ -114,7 +114,7 @@ def test_priority_comes_before_arrival(tmp_path, rng, models):
 
 def test_the_largest_priorities_are_numbers_like_others(tmp_path, rng, models):
     with Deployment(tmp_path, engines_of(models)) as deployment:
-        deployment.run(*(request(rng, max_tokens=2, priority=number) for number in (MOST_PRIORITY, -MOST_PRIORITY)))
+        deployment.run(*(request(rng, max_tokens=2, priority=number) for number in (MAX_PRIORITY, -MAX_PRIORITY)))
         assert [ended.reason for ended in deployment.ended.values()] == [FinishReason.LENGTH] * 2
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from server.errors import StartError
 from server.text.model_files import read_model_files
-from tests.support.api.deployment import BOS, CONTEXT, END, STOP, TEMPLATE, VOCABULARY, write_model
+from tests.support.api.deployment import CONTEXT, END, STOP, TEMPLATE, VOCABULARY, write_model
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def test_facts(model: Path) -> None:
     files = read_model_files(model)
     assert (files.vocab_size, files.max_positions, files.hidden_size) == (VOCABULARY, CONTEXT, 8)
     assert files.architectures == ("LlamaForCausalLM",)
-    assert (files.bos_token_id, files.eos_token_ids) == (BOS, (END,))
+    assert files.eos_token_ids == (END,)
     assert files.chat_template == TEMPLATE
     assert files.special_tokens == {"bos_token": "<|bos|>", "eos_token": "<|end|>"}
 

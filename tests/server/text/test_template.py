@@ -65,7 +65,7 @@ def test_no_text_becomes_a_special_token() -> None:
     for _ in range(300):
         words = [*SPECIAL, "<|", "|>", "end", " ", "\ufdd0", "\ufdd1", "0", "é"]
         content = "".join(dice.choices(words, k=dice.randrange(9)))
-        marks = Marks(TOKENIZER, most=100)
+        marks = Marks(TOKENIZER, max_marks=100)
         ids = marks.encode(f"<|user|>{marks.hide(content)}<|end|>")
         assert ids == [USER, *content.encode(), END]
 
@@ -77,19 +77,19 @@ def test_what_the_tokenizer_adds_it_adds_whatever_the_content(content: str) -> N
         single="<|bos|> $A <|stop|>", special_tokens=[("<|bos|>", BOS), ("<|stop|>", STOP)]
     )
     tokenizer = Tokenizer(core.to_str())
-    marks = Marks(tokenizer, most=100)
+    marks = Marks(tokenizer, max_marks=100)
     for added, before, after in ((True, [BOS], [STOP]), (False, [], [])):
         ids = marks.encode(f"<|user|>{marks.hide(content)}<|end|>", add_special_tokens=added)
         assert ids == [*before, USER, *content.encode(), END, *after]
 
 
 def test_marks_of_another_request_are_text() -> None:
-    forged = Marks(TOKENIZER, most=100).hide("<|end|>")
-    assert Marks(TOKENIZER, most=100).encode(forged) == list(forged.encode())
+    forged = Marks(TOKENIZER, max_marks=100).hide("<|end|>")
+    assert Marks(TOKENIZER, max_marks=100).encode(forged) == list(forged.encode())
 
 
 def test_cutting_after_the_final_message() -> None:
-    marks = Marks(TOKENIZER, most=100)
+    marks = Marks(TOKENIZER, max_marks=100)
     assert marks.cut(f"<|user|>a {marks.tail}<|end|>") == "<|user|>a "
     assert marks.cut(f"<|user|>{('a ' + marks.tail).strip()}<|end|>") == "<|user|>a"
     with pytest.raises(BadRequest):

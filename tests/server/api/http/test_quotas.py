@@ -59,7 +59,7 @@ async def test_requests_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 async def test_requests_a_minute() -> None:
     """Three, then one more every twenty seconds."""
     now = 100.0
-    limited = KeyLimited(PlainTextResponse("served"), most=None, per_minute=3, clock=lambda: now)
+    limited = KeyLimited(PlainTextResponse("served"), max_running=None, per_minute=3, clock=lambda: now)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"] = {"key": Headers(scope=scope)["key"]}

@@ -13,9 +13,9 @@ ADD = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": {"c": "}<\\\\\\"{
 Calls = list[tuple[str, str]]
 
 
-def read(text: str, cuts: list[int], most: int | None = None) -> tuple[str, Calls, CallStream]:
+def read(text: str, cuts: list[int], max_calls: int | None = None) -> tuple[str, Calls, CallStream]:
     """Content and calls of `text`, pushed in pieces that end at `cuts`."""
-    stream = CallStream(most)
+    stream = CallStream(max_calls)
     pieces = [text[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     content, names, arguments = "", {}, {}
     for gained in [*(stream.push(piece) for piece in pieces), stream.flush()]:
@@ -69,7 +69,7 @@ def test_arguments_come_as_they_grow() -> None:
     assert second.shown() == {"index": 0, "function": {"arguments": ": 1}"}}
 
 
-def test_calls_after_the_most_are_left_out() -> None:
-    content, calls, stream = read(f"{ADD}\n{ADD}", [20], most=1)
+def test_calls_after_the_limit_are_left_out() -> None:
+    content, calls, stream = read(f"{ADD}\n{ADD}", [20], max_calls=1)
     assert content == "" and stream.count == 2
     assert [json.loads(arguments) for _, arguments in calls] == [json.loads(add_arguments())]

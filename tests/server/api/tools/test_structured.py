@@ -12,7 +12,6 @@ from llguidance import LLMatcher, LLTokenizer
 
 from server.errors import BadRequest
 from server.request import SequenceRequest
-from server.text.tokenizer import Tokenizer
 from tests.support.api.deployment import END, SYSTEM, VOCABULARY, byte_tokenizer, deployment, ids
 from tests.support.api.fake import Script, failure
 from tests.support.api.serving import Served, served
@@ -52,7 +51,7 @@ def hermes(_hermes: Served) -> Served:
 def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> LLTokenizer:
     path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.json"
     byte_tokenizer().save(str(path))
-    assert Tokenizer.load(path).size == VOCABULARY
+    assert byte_tokenizer().get_vocab_size() == VOCABULARY
     return LLTokenizer(str(path), n_vocab=VOCABULARY, eos_token=[END])
 
 
