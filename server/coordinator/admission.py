@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from server.config import Config
-from server.coordinator.experts import ExpertLink
+from server.coordinator.arrays import Bool
 from server.coordinator.fuser import PolicyBook
-from server.coordinator.fusion import Bool
+from server.coordinator.links import ExpertLink
 from server.coordinator.stats import Accumulator
 from server.coordinator.table import SequenceTable
 from server.policy import Perplexity, essential, participants

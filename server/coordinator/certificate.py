@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from server.coordinator.arrays import Bool, Float32, Int32
 from server.coordinator.compiled import compiled
-from server.coordinator.fusion import Bool, Float32, Int32
 
 CERTAIN, OPEN, UNBOUNDED = range(3)
 VERDICTS = ("certain", "open", "unbounded")

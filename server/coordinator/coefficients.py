@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from server.coordinator.fusion import Bool, Float32, Int64, entropy
+from server.coordinator.arrays import Bool, Float32, Int64
+from server.coordinator.fusion import entropy
 from server.policy import (
     Contrastive,
     FusionRoute,

@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from server.config import Config
 from server.coordinator.admission import Admission
+from server.coordinator.arrays import Bool, Float32, Int32, Int64
 from server.coordinator.compiled import compiled
-from server.coordinator.experts import ExpertLink
 from server.coordinator.fuser import Fused, Fuser
-from server.coordinator.fusion import Bool, Float32, Int32, Int64
+from server.coordinator.links import ExpertLink
 from server.coordinator.sampling import choose, penalise, uniforms
 from server.coordinator.stats import Counters
 from server.coordinator.table import ExpertRows, SequenceTable

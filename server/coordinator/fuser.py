@@ -12,9 +12,10 @@ from typing import Literal
 
 import numpy as np
 
+from server.coordinator.arrays import Bool, Float32, Int32, Int64
 from server.coordinator.coefficients import Evidence, coefficients, plausible, space
-from server.coordinator.fusion import Bool, CandidateTable, Float32, Int32, Int64, combine, fill_tail, tabulate
-from server.coordinator.gate import GateRunner
+from server.coordinator.fusion import CandidateTable, combine, fill_tail, tabulate
+from server.coordinator.gate_runner import GateRunner
 from server.coordinator.stats import Counters
 from server.coordinator.table import SequenceTable
 from server.coordinator.tally import Sources

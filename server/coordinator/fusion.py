@@ -10,16 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from server.coordinator.arrays import Bool, Float32, Int32, Int64
 from server.coordinator.compiled import compiled
-
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-UInt64 = npt.NDArray[np.uint64]
-Bool = npt.NDArray[np.bool_]
 
 NO_MASS = 1e-9
 """Residual mass below float32's resolution of 1: what a top-k that holds everything leaves."""

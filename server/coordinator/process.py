@@ -9,9 +9,9 @@ from pathlib import Path
 from gate.contract import vocabulary_hash
 from server.config import Config
 from server.coordinator.coordinator import Coordinator
-from server.coordinator.experts import ExpertLink, Experts, LinkState
 from server.coordinator.fuser import Fuser, LookUp
-from server.coordinator.gate import GateRunner, load_gate
+from server.coordinator.gate_runner import GateRunner, load_gate
+from server.coordinator.links import ExpertLink, ExpertLinks, LinkState
 from server.coordinator.snapshot import snapshot
 from server.coordinator.stats import Counters
 from server.coordinator.table import SequenceTable
@@ -64,7 +64,9 @@ class CoordinatorProcess:
             endpoint(directory, CONTROL_SOCKET), FromSupervisor, bind=True
         )
         self._selector.register(self._control, self._on_control)
-        self._experts = Experts(config.expert_names, self._selector, self._on_expert, self._on_lost, dialers(config))
+        self._experts = ExpertLinks(
+            config.expert_names, self._selector, self._on_expert, self._on_lost, dialers(config)
+        )
         self._notes: dict[int, str] = {}
         self._counters = Counters(len(config.experts))
         self._coordinator: Coordinator | None = None

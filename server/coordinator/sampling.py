@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from server.coordinator.arrays import Bool, Float32, Float64, Int32, Int64, UInt64
 from server.coordinator.compiled import compiled
-from server.coordinator.fusion import Bool, Float32, Float64, Int32, Int64, UInt64
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from server.coordinator.coordinator import Coordinator
-from server.coordinator.experts import ExpertLink
+from server.coordinator.links import ExpertLink
 from server.coordinator.stats import Counters
 from server.wire.expert import Load
 from server.wire.stats import ExpertStats, Stats

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from server.coordinator.arrays import Bool, Float32, Int32, Int64
 from server.coordinator.compiled import compiled
-from server.coordinator.fusion import Bool, Float32, Int32, Int64
 from server.coordinator.sampling import Penalties, Rules
 from server.request import SequenceRequest
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from server.coordinator.arrays import Bool, Float32, Float64, Int32, Int64
 from server.coordinator.certificate import VERDICTS, certify
 from server.coordinator.compiled import compiled
-from server.coordinator.fusion import Bool, CandidateTable, Float32, Float64, Int32, Int64
+from server.coordinator.fusion import CandidateTable
 from server.wire.stats import FusionStats, Histogram
 
 SHARES = tuple(round(0.05 * step, 2) for step in range(1, 21))

@@ -8,8 +8,8 @@ import numpy as np
 
 from server.config import parse_config
 from server.coordinator.coordinator import Coordinator
-from server.coordinator.experts import ExpertLink, LinkState
 from server.coordinator.fuser import Fuser
+from server.coordinator.links import ExpertLink, LinkState
 from server.coordinator.stats import Counters
 from server.coordinator.table import SequenceTable
 from server.policy import Policy, Select, Uniform

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.special import softmax
 
-from server.coordinator.gate import GateRunner
+from server.coordinator.gate_runner import GateRunner
 from server.policy import Contrastive, FusionRoute, Product, Select, Single, Uniform
 from server.policy import Gate as GatePolicy
 from server.request import FinishReason

@@ -13,7 +13,7 @@ import torch
 
 from gate.checkpoint import Checkpoint, load
 from gate.contract import CheckpointError, mismatches
-from server.coordinator.fusion import Bool, Float32, Int32
+from server.coordinator.arrays import Bool, Float32, Int32
 from server.errors import StartError
 from server.policy import Space
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from server.coordinator.fusion import Float32, Int32
+from server.coordinator.arrays import Float32, Int32
 from server.placement import expert_socket
 from server.remote.dialer import Dialer
 from server.wire.base import Stop
@@ -115,7 +115,7 @@ class ExpertLink:
             self.info, self.state = message, LinkState.UP
 
 
-class Experts:
+class ExpertLinks:
     """All links.
 
     `on_message` sees every message after its link has, `on_lost` every link whose connection to another host has ended.
