@@ -34,7 +34,7 @@ Event = tuple[int, int | Cached | Ended, Choice | None]
 
 
 class Link(Protocol):
-    """The channel to the coordinator (`server.wire.channel.AsyncChannel`)."""
+    """The channel to the coordinator (`server.wire.async_channel.AsyncChannel`)."""
 
     async def send(self, message: FromApi) -> None: ...
 

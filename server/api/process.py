@@ -19,7 +19,7 @@ from server.api.http.server import http_server
 from server.api.tracing import Tracing, close, tracer_provider
 from server.config import Config
 from server.wire.api import FromApi, ToApi
-from server.wire.channel import AsyncChannel
+from server.wire.async_channel import AsyncChannel
 
 # A body of a million small lists must not be walked again for every 700 of them.
 _COLLECT = (50_000, 20, 20)

@@ -16,8 +16,8 @@ from server.config import Config
 from server.coordinator.arrays import Bool
 from server.coordinator.fuser import PolicyBook
 from server.coordinator.links import ExpertLink
-from server.coordinator.stats import Accumulator
 from server.coordinator.table import SequenceTable
+from server.metrics.histogram import Buckets
 from server.policy import Perplexity, essential, participants
 from server.request import SequenceRequest
 
@@ -77,7 +77,7 @@ class Admission:
         links: list[ExpertLink],
         table: SequenceTable,
         policies: PolicyBook,
-        queue_seconds: Accumulator,
+        queue_seconds: Buckets,
     ) -> None:
         self._config = config
         self._names = config.expert_names
@@ -106,7 +106,7 @@ class Admission:
             expected = self._expected(request)
             if not self._has_room(request, expected):
                 return
-            self._queue_seconds.add(self.waiting.pop())
+            self._queue_seconds.observe(self.waiting.pop())
             self._table.admit(
                 request,
                 order=order,

@@ -300,7 +300,7 @@ class Coordinator:
         for link, report in reports:
             counters = self._counters.experts[link.index]
             counters.barrier_wait_seconds += slowest.arrived_at - link.arrived_at
-            counters.step_seconds.add(report.step_seconds)
+            counters.step_seconds.observe(report.step_seconds)
         self._counters.experts[slowest.index].slowest_ticks += len(reports) > 1
 
     # --- sequences come and go ---

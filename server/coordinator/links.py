@@ -72,7 +72,7 @@ class ExpertLink:
         return channel
 
     def close(self) -> None:
-        """Forget the worker; what it still sends is lost."""
+        """Forget the worker; what it still sends goes nowhere."""
         if self.channel is not None:
             self.channel.close()
             self.channel = None
@@ -84,7 +84,7 @@ class ExpertLink:
     @property
     def lost(self) -> bool:
         """Whether the connection to another host has ended; of a local worker, the supervisor will say so."""
-        return isinstance(self.channel, ConnectedChannel) and self.channel.lost
+        return isinstance(self.channel, ConnectedChannel) and self.channel.ended
 
     @property
     def up(self) -> bool:

@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
 
 from server.coordinator.tally import TokenTally
-from server.wire.stats import Histogram
+from server.metrics.histogram import Buckets
 
 SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.024, 4.096)
 QUEUE_SECONDS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 PHASES = ("engine", "exchange", "align", "fuse", "look_up", "gate", "sample", "send")
-
-
-class Accumulator:
-    """A cumulative histogram."""
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = list(bounds)
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def add(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def snapshot(self) -> Histogram:
-        return Histogram(self._bounds, list(self._counts), self._sum)
 
 
 class TickClock:
@@ -42,7 +24,7 @@ class TickClock:
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
-        self.ticks = Accumulator(SECONDS)
+        self.ticks = Buckets(SECONDS)
         self._started = self._lapped = time.perf_counter()
         self._ticking = False
 
@@ -69,7 +51,7 @@ class TickClock:
         """The engines start their next step."""
         self.lap("send")
         if self._ticking:
-            self.ticks.add(self._lapped - self._started)
+            self.ticks.observe(self._lapped - self._started)
         self._started = self._lapped
 
 
@@ -77,7 +59,7 @@ class ExpertCounters:
     """One expert's counters."""
 
     def __init__(self) -> None:
-        self.step_seconds = Accumulator(SECONDS)
+        self.step_seconds = Buckets(SECONDS)
         self.barrier_wait_seconds = 0.0
         self.slowest_ticks = 0
         self.masked_rows = 0
@@ -96,7 +78,7 @@ class Counters:
         self.position_faults = 0
         self.gate_failures = 0
         self.finished: Counter[str] = Counter()
-        self.queue_seconds = Accumulator(QUEUE_SECONDS)
+        self.queue_seconds = Buckets(QUEUE_SECONDS)
         self.clock = TickClock()
         self.tally = TokenTally(experts)
         self.experts = [ExpertCounters() for _ in range(experts)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import platform
 import time
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -19,29 +18,14 @@ from prometheus_client.registry import Collector
 from server import __version__
 from server.config import Config
 from server.metrics.families import gauge, histogram, histograms, stats_families
-from server.wire.stats import Histogram, Stats
+from server.metrics.histogram import Buckets
+from server.wire.stats import Stats
 
 OUTCOMES = ("ok", "client_error", "server_error", "disconnected")
 
 _COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5)
 _LONG = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-
-
-class Buckets:
-    """A histogram that costs one bisection for each observation."""
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = list(bounds)
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float, times: int = 1) -> None:
-        self._counts[bisect_left(self._bounds, value)] += times
-        self._sum += value * times
-
-    def snapshot(self) -> Histogram:
-        return Histogram(self._bounds, self._counts, self._sum)
 
 
 class RequestTiming:

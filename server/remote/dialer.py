@@ -15,10 +15,10 @@ from server.remote.agreement import Offer, offer
 from server.remote.handshake import greet, load_key, tune
 
 _CONNECT_SECONDS = 5.0
-_FIRST_PAUSE = 0.5
-_LONGEST_PAUSE = 5.0
-_SOONEST_SECONDS = 1.0
-"""A worker that was reached and lost is not reached again sooner, so that one that always leaves keeps nobody busy."""
+_MIN_PAUSE_SECONDS = 0.5
+_MAX_PAUSE_SECONDS = 5.0
+_AGAIN_SECONDS = 1.0
+"""A worker whose connection ended is not reached again sooner, so that one that always leaves keeps nobody busy."""
 
 
 class Dialer:
@@ -30,7 +30,7 @@ class Dialer:
         self._offer = offer
         self._outcomes: queue.SimpleQueue[socket.socket | UnreachableError] = queue.SimpleQueue()
         self._trying = False
-        self._reached_at = -_SOONEST_SECONDS
+        self._reached_at = -_AGAIN_SECONDS
         self._closed = threading.Event()
         self._ending = threading.Lock()
 
@@ -73,8 +73,8 @@ class Dialer:
                     outcome.close()
 
     def _try(self) -> None:
-        pause = _FIRST_PAUSE
-        self._closed.wait(max(0.0, self._reached_at + _SOONEST_SECONDS - time.monotonic()))
+        pause = _MIN_PAUSE_SECONDS
+        self._closed.wait(max(0.0, self._reached_at + _AGAIN_SECONDS - time.monotonic()))
         while not self._closed.is_set():
             try:
                 peer = self.dial()
@@ -85,7 +85,7 @@ class Dialer:
                     peer.close() if self._closed.is_set() else self._outcomes.put(peer)
                 return
             self._closed.wait(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+            pause = min(2 * pause, _MAX_PAUSE_SECONDS)
 
 
 def dialers(config: Config) -> dict[int, Dialer]:

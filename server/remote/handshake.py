@@ -5,8 +5,8 @@ numbers; the coordinator first, so that a stranger at the worker's port gets a r
 sent back to its sender is worthless, because the roles differ, and so is one heard earlier, because the numbers do.
 Then the coordinator makes its offer (`server.remote.agreement`), and the worker agrees or says why not.
 
-Every frame is a length (uint32, little-endian) and that many bytes, bounded before they are read. The whole has a time
-limit, however slowly the peer talks. Nothing is encrypted: the network between the hosts must be private.
+Every frame (`server.wire.framing`) is bounded before it is read. The whole has a time limit,
+however slowly the peer talks. Nothing is encrypted: the network between the hosts must be private.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import hmac
 import os
 import secrets
 import socket
-import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,16 +25,16 @@ import msgspec
 from server.config import Config
 from server.errors import StartError, UnreachableError
 from server.remote.agreement import Offer, Verdict
+from server.wire.framing import FrameError, FrameParser, framed
 
 HANDSHAKE_SECONDS = 5.0
 KEY_VARIABLE = "POLYLOGIT_CLUSTER_KEY"
 
 _COORDINATOR = b"polylogit coordinator"
 _EXPERT = b"polylogit expert"
-_LENGTH = struct.Struct("<I")
 _NUMBER_BYTES = 32
-_LARGEST_BYTES = 1 << 14
-_SHORTEST_KEY = 32
+_MAX_BYTES = 1 << 14
+_MIN_KEY = 32
 _IDLE_PROBE_SECONDS = 5
 _PROBES = 3
 
@@ -58,8 +57,8 @@ def load_key(config: Config) -> bytes:
             f"an expert on another host needs a key that both hosts know: {KEY_VARIABLE} or cluster_key_file"
             " (make one: openssl rand -hex 32)"
         )
-    if len(key) < _SHORTEST_KEY:
-        raise StartError(f"{source}: has {len(key)} characters, at least {_SHORTEST_KEY} are needed")
+    if len(key) < _MIN_KEY:
+        raise StartError(f"{source}: has {len(key)} characters, at least {_MIN_KEY} are needed")
     return key
 
 
@@ -78,8 +77,8 @@ def greet(peer: socket.socket, key: bytes, offer: Offer) -> None:
         if not hmac.compare_digest(proof, _proof(key, _EXPERT, mine, theirs)):
             raise UnreachableError("it does not know the cluster key", final=True)
         wire.send(msgspec.msgpack.encode(offer))
-        verdict = msgspec.msgpack.decode(wire.receive(_LARGEST_BYTES), type=Verdict)
-    except (OSError, msgspec.DecodeError) as error:
+        verdict = msgspec.msgpack.decode(wire.receive(_MAX_BYTES), type=Verdict)
+    except (OSError, FrameError, msgspec.DecodeError) as error:
         raise UnreachableError(_words(error)) from None
     if verdict.reason:
         raise UnreachableError(verdict.reason, final=verdict.final)
@@ -100,10 +99,10 @@ def welcome(peer: socket.socket, key: bytes, judge: Judge) -> Offer | None:
         if not hmac.compare_digest(proof, _proof(key, _COORDINATOR, theirs, mine)):
             raise UnreachableError("does not know the cluster key")
         wire.send(_proof(key, _EXPERT, theirs, mine))
-        offer = msgspec.msgpack.decode(wire.receive(_LARGEST_BYTES), type=Offer)
+        offer = msgspec.msgpack.decode(wire.receive(_MAX_BYTES), type=Offer)
         verdict = judge(offer)
         wire.send(msgspec.msgpack.encode(verdict))
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, FrameError, msgspec.DecodeError) as error:
         raise UnreachableError(_words(error)) from None
     if verdict.reason:
         raise UnreachableError(verdict.reason)
@@ -137,7 +136,7 @@ class _Wire:
 
     def send(self, data: bytes) -> None:
         self._limit()
-        self.peer.sendall(_LENGTH.pack(len(data)) + data)
+        self.peer.sendall(framed(data))
 
     def number(self) -> bytes:
         """The peer's random number. Raises OSError."""
@@ -145,25 +144,19 @@ class _Wire:
             raise OSError("does not speak polylogit")
         return number
 
-    def receive(self, most: int) -> bytes:
-        """A frame of at most `most` bytes. Raises OSError."""
-        (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
-        if length > most:
-            raise OSError("does not speak polylogit")
-        return self._exactly(length)
-
-    def _exactly(self, count: int) -> bytes:
-        data = b""
-        while len(data) < count:
+    def receive(self, max_bytes: int) -> bytes:
+        """A frame of at most `max_bytes` bytes, and nothing of what follows it: that is a message. Raises OSError."""
+        frames = FrameParser(max_bytes)
+        while (frame := frames.pop()) is None:
             self._limit()
             try:
-                part = self.peer.recv(count - len(data))
+                data = self.peer.recv(frames.missing())
             except ConnectionResetError:
-                part = b""
-            if not part:
+                data = b""
+            if not data:
                 raise _Closed("closed the connection in the handshake")
-            data += part
-        return data
+            frames.feed(data)
+        return frame
 
     def _limit(self) -> None:
         left = self.deadline - time.monotonic()
@@ -180,6 +173,6 @@ def _proof(key: bytes, role: bytes, coordinators: bytes, experts: bytes) -> byte
 def _words(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return f"no handshake within {HANDSHAKE_SECONDS:g} s"
-    if isinstance(error, msgspec.DecodeError):
+    if isinstance(error, msgspec.DecodeError | FrameError):
         return "does not speak polylogit"
     return str(getattr(error, "strerror", None) or error)

@@ -69,7 +69,7 @@ class Listener:
     def receive(self, timeout: float | None) -> ToExpert | None:
         """The coordinator's next message, or None after `timeout` seconds; `Stop` when it has gone."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        while self._channel is not None and not self._channel.lost:
+        while self._channel is not None and not self._channel.ended:
             left = _LOOK_SECONDS if deadline is None else min(_LOOK_SECONDS, deadline - time.monotonic())
             message = self._channel.receive(max(0.0, left))
             if isinstance(message, Stop):

@@ -1,5 +1,5 @@
-"""Sockets between the processes: msgspec messages over Unix stream sockets, a length before each. The only module that
-opens sockets for them on this host; `server.remote` does for experts on others.
+"""Sockets between the processes: msgspec messages over Unix stream sockets, a frame each (`server.wire.framing`). This
+module and `async_channel` open those of this host; `server.remote` those to experts on others.
 
 Every conversation is one pair; one side binds, the other connects, in any order. Addresses are files in a private
 directory (0700) that the supervisor makes and removes. Nothing is pickled, and a message that does not decode as one
@@ -11,10 +11,8 @@ them to a thread of their own, which must then get a turn on cores where an engi
 
 from __future__ import annotations
 
-import asyncio
 import select
 import socket
-import struct
 import time
 from collections import deque
 from collections.abc import Callable
@@ -25,24 +23,24 @@ import msgspec
 
 from server.errors import StartError
 from server.wire.base import Message
+from server.wire.framing import FrameError, FrameParser, framed
 
 Incoming = TypeVar("Incoming")
 Outgoing = TypeVar("Outgoing", bound=Message)
 
-_MOST_ADDRESS = 107  # bytes that Linux takes as a socket's path
-_LONGEST_NAME = 24
-_LENGTH = struct.Struct("<I")
-_CHUNK = 1 << 18
-_RETRY_SECONDS = 0.05
+CHUNK_BYTES = 1 << 18
+"""Read from a socket at once."""
+RETRY_SECONDS = 0.05
 """How often a process that waits tries again to reach its peer."""
+_MAX_ADDRESS_BYTES = 107
+"""What Linux takes as a socket's path."""
+_MAX_NAME_BYTES = 24
 _LINGER_SECONDS = 0.5
-_LARGEST_FRAME = 1 << 28
-"""Bytes: more than any message has; a length beyond it is rubbish."""
 
 
 def endpoint(directory: Path, name: str) -> str:
     """The address called `name` in the deployment's private directory. Raises StartError if that is too deep."""
-    if len(bytes(directory)) + _LONGEST_NAME > _MOST_ADDRESS:
+    if len(bytes(directory)) + _MAX_NAME_BYTES > _MAX_ADDRESS_BYTES:
         raise StartError(f"{directory}: too long a path for sockets; set TMPDIR to a directory of a shorter one")
     return str(directory / name)
 
@@ -59,7 +57,7 @@ class Channel(Generic[Incoming, Outgoing]):
         self._listener = _listen(address) if bind else None
         self._socket: socket.socket | None = None
         self._unsent: deque[bytes] = deque()
-        self._received = bytearray()
+        self._frames = FrameParser()
         self._messages: deque[Incoming] = deque()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Incoming] = msgspec.msgpack.Decoder(incoming)
@@ -73,8 +71,7 @@ class Channel(Generic[Incoming, Outgoing]):
 
     def send(self, message: Outgoing) -> None:
         """Send `message`, or keep it until the peer is there and has room; never blocks."""
-        data = self._encoder.encode(message)
-        self._unsent.append(_LENGTH.pack(len(data)) + data)
+        self._unsent.append(framed(self._encoder.encode(message)))
         self.flush()
 
     def flush(self) -> None:
@@ -147,7 +144,7 @@ class Channel(Generic[Incoming, Outgoing]):
         return select.POLLIN | (select.POLLOUT if self._unsent and self._socket is not None else 0)
 
     @property
-    def alone(self) -> bool:
+    def must_retry(self) -> bool:
         """Whether the peer must be looked for again: no file will tell when it is there."""
         return self._socket is None and self._listener is None
 
@@ -175,13 +172,13 @@ class Channel(Generic[Incoming, Outgoing]):
         if self._socket is not None:
             self._socket.close()
             self._socket = None
-        self._received.clear()
+        self._frames.clear()
         self._unsent.clear()
 
     def _read(self, peer: socket.socket) -> None:
         """Take in what has arrived."""
         try:
-            data = peer.recv(_CHUNK, socket.MSG_DONTWAIT)
+            data = peer.recv(CHUNK_BYTES, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
         except OSError:
@@ -189,15 +186,9 @@ class Channel(Generic[Incoming, Outgoing]):
         if not data:
             self._disconnect()
             return
-        self._received += data
-        start = 0
-        while len(self._received) - start >= _LENGTH.size:
-            end = start + _LENGTH.size + _LENGTH.unpack_from(self._received, start)[0]
-            if end > len(self._received):
-                break
-            self._messages.append(self._decoder.decode(self._received[start + _LENGTH.size : end]))
-            start = end
-        del self._received[:start]
+        self._frames.feed(data)
+        while (frame := self._frames.pop()) is not None:
+            self._messages.append(self._decoder.decode(frame))
 
     def _sleep(self, deadline: float | None) -> None:
         """Until something happens, `deadline`, or it is time to try again what was not possible."""
@@ -214,7 +205,7 @@ class ConnectedChannel(Channel[Incoming, Outgoing]):
         self._socket = peer
 
     @property
-    def lost(self) -> bool:
+    def ended(self) -> bool:
         """Whether the peer has gone and everything that it said was taken."""
         return self._socket is None and not self._messages
 
@@ -224,9 +215,7 @@ class ConnectedChannel(Channel[Incoming, Outgoing]):
     def _read(self, peer: socket.socket) -> None:
         try:
             super()._read(peer)
-        except msgspec.DecodeError:
-            self._disconnect()
-        if len(self._received) >= _LENGTH.size and _LENGTH.unpack_from(self._received)[0] > _LARGEST_FRAME:
+        except (msgspec.DecodeError, FrameError):
             self._disconnect()
 
 
@@ -255,70 +244,14 @@ class Selector:
                 handler(channel.take())
 
 
-class AsyncChannel(Generic[Incoming, Outgoing]):
-    """The same channel for an asyncio process (the api). One task may send while another receives."""
-
-    def __init__(self, address: str, incoming: object, *, bind: bool) -> None:
-        self._address = address
-        self._bind = bind
-        self._connecting = asyncio.Lock()
-        self._server: asyncio.Server | None = None
-        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[Incoming] = msgspec.msgpack.Decoder(incoming)
-
-    async def send(self, message: Outgoing) -> None:
-        """Raises ConnectionError if the peer has gone."""
-        _, writer = await self._connected()
-        data = self._encoder.encode(message)
-        writer.write(_LENGTH.pack(len(data)) + data)
-        await writer.drain()
-
-    async def receive(self) -> Incoming:
-        """The next message. Raises asyncio.IncompleteReadError if the peer has gone."""
-        reader, _ = await self._connected()
-        (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-        return self._decoder.decode(await reader.readexactly(length))
-
-    def close(self) -> None:
-        if self._streams is not None:
-            self._streams[1].close()
-        if self._server is not None:
-            self._server.close()
-
-    async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        async with self._connecting:
-            if self._streams is None:
-                self._streams = await (self._accept() if self._bind else self._reach())
-            return self._streams
-
-    async def _accept(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        arrived: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = (
-            asyncio.get_running_loop().create_future()
-        )
-
-        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            arrived.set_result((reader, writer))
-
-        self._server = await asyncio.start_unix_server(connected, self._address, limit=_CHUNK)
-        return await arrived
-
-    async def _reach(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        while True:
-            try:
-                return await asyncio.open_unix_connection(self._address, limit=_CHUNK)
-            except (FileNotFoundError, ConnectionRefusedError):
-                await asyncio.sleep(_RETRY_SECONDS)
-
-
 def _sleep(channels: list[Channel[Any, Any]], timeout: float | None) -> None:
     """Until one of `channels` becomes readable, at most `timeout` seconds (None: for ever)."""
     poller = select.poll()
     for channel in channels:
         if (number := channel.fileno()) is not None:
             poller.register(number, channel.interest)
-        if channel.alone:
-            timeout = _RETRY_SECONDS if timeout is None else min(timeout, _RETRY_SECONDS)
+        if channel.must_retry:
+            timeout = RETRY_SECONDS if timeout is None else min(timeout, RETRY_SECONDS)
     poller.poll(None if timeout is None else round(1000 * timeout))
 
 

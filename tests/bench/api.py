@@ -33,8 +33,8 @@ from server.config import Config
 from server.request import FinishReason
 from server.tools.bench import cpu_times, processor, steal, versions
 from server.wire.api import Abort, Choice, Ended, FromApi, Progress, Status, Submit, ToApi
+from server.wire.async_channel import AsyncChannel
 from server.wire.base import Stop
-from server.wire.channel import AsyncChannel
 from tests.support.api.deployment import deployment
 
 CONTEXT = 131_072

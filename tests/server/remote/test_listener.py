@@ -99,7 +99,7 @@ def test_a_peer_that_sends_rubbish_is_cut_off(data):
     theirs.sendall(data)
     assert channel.receive(5) == Abort([1])
     assert channel.receive(0.05) is None
-    assert channel.lost
+    assert channel.ended
     channel.send(GetStats())  # nobody is there, and nothing happens
     channel.close()
     other.close()

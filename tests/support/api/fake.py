@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from server.request import FinishReason, SequenceRequest
 from server.wire.api import Abort, Choice, Ended, FromApi, GetStats, Progress, SequenceTiming, Status, Submit, ToApi
+from server.wire.async_channel import AsyncChannel
 from server.wire.base import Stop
-from server.wire.channel import AsyncChannel
 from server.wire.stats import ExpertStats, FusionStats, Histogram, Stats
 from tests.support.api.deployment import END, ids
 

@@ -16,7 +16,7 @@ from server.api.client import EngineClient
 from server.api.http.quotas import KeyLimited
 from server.errors import ConfigError
 from server.wire.api import ToApi
-from server.wire.channel import AsyncChannel
+from server.wire.async_channel import AsyncChannel
 from tests.support.api.deployment import deployment
 from tests.support.api.fake import Script
 from tests.support.api.serving import Served, served
