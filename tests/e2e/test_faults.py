@@ -84,7 +84,7 @@ def strike(server: Served, what: signal.Signals, chance: random.Random) -> tuple
 
 def back(server: Served, restarts: int) -> bool:
     """Whether the lost expert was restarted and the server is ready again."""
-    metrics = server.metrics.api()
+    metrics = server.metrics()
     label = f"{{expert={LOST}}}"
     return (
         metrics[f"polylogit_expert_restarts_total{label}"] == restarts
@@ -95,7 +95,7 @@ def back(server: Served, restarts: int) -> bool:
 
 def wait_back(server: Served, restarts: int) -> None:
     until(lambda: back(server, restarts), limit=RESTART_SECONDS, what=f"{LOST} is up again, restarts {restarts}")
-    assert server.metrics.api()[f"polylogit_expert_restarts_total{{expert={EXPERTS[0]}}}"] == 0
+    assert server.metrics()[f"polylogit_expert_restarts_total{{expert={EXPERTS[0]}}}"] == 0
 
 
 class Crowd:

@@ -208,5 +208,5 @@ def test_degrade_continues_without_a_lost_expert(tmp_path: Path) -> None:
         without = server.chat(model="demo:gate", max_tokens=8, expert_weights=True)
         assert without["choices"][0]["finish_reason"] in ("stop", "length")
         until(lambda: back(server, 1), limit=300, what="the expert is up again")
-        assert server.metrics.api()["polylogit_gate_failures_total"] == 0
+        assert server.metrics()["polylogit_gate_failures_total"] == 0
         assert {weights["text"] for weights in Answer(server).read().weights} == {0.5}

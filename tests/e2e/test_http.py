@@ -348,9 +348,9 @@ def test_health(server: Served) -> None:
 
 
 def test_metrics_count(server: Served) -> None:
-    before = server.metrics.api()
+    before = server.metrics()
     ask(server, model="demo:gate", extra_body=LONG)
-    after = server.metrics.api()
+    after = server.metrics()
 
     def grown(name: str) -> float:
         return after.get(name, 0.0) - before.get(name, 0.0)
@@ -384,7 +384,7 @@ def test_sigterm_lets_a_running_answer_finish(server: Served) -> None:
     assert (refused.status_code, refused.json()["error"]["type"]) == (503, "overloaded_error")
     assert "retry-after" in refused.headers
     started = time.monotonic()
-    assert server.metrics.api()["polylogit_ready"] == 0
+    assert server.metrics()["polylogit_ready"] == 0
     assert time.monotonic() - started < 1
     chunks = list(stream)
     text += "".join(chunk.choices[0].delta.content or "" for chunk in chunks)

@@ -51,7 +51,7 @@ async def waiting(server: Served, count: int) -> None:
     """Return once so many sequences are in the queue, behind one that runs."""
 
     def so() -> bool:
-        metrics = server.metrics.api()
+        metrics = server.metrics()
         return (metrics["polylogit_running_sequences"], metrics["polylogit_queued_sequences"]) == (1, count)
 
     await asyncio.to_thread(until, so, limit=60, what=f"{count} in the queue")
@@ -123,7 +123,7 @@ def test_a_client_that_stops_reading(server: Served) -> None:
     request = f"GET /openapi.json HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n\r\n".encode()
 
     def in_flight(count: int) -> bool:
-        return server.metrics.api()["polylogit_http_requests_in_flight"] == count
+        return server.metrics()["polylogit_http_requests_in_flight"] == count
 
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -126,7 +126,7 @@ def test_a_worker_elsewhere_dies_in_the_middle_and_comes_back(hosts: Hosts) -> N
         there = hosts.start()
         assert (answer.read().text, answer.reason) == (undisturbed.text, "length")
         assert crowd.texts() == others
-        assert server.metrics.api()[f"polylogit_expert_restarts_total{{expert={AWAY}}}"] == 1
+        assert server.metrics()[f"polylogit_expert_restarts_total{{expert={AWAY}}}"] == 1
         assert health(server)[0] == 200
         assert "not reached" in hosts.run("check", str(hosts.file))
     there.wait_loaded()
