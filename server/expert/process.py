@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -32,6 +33,7 @@ def run(config: Config, place: Placement, directory: Path, bound: socket.socket 
     """
     chosen = config.experts[place.expert]
     _settle(chosen, place, directory)
+    gc.disable()  # what imports make stays: to look for garbage among it would take a third of the start
 
     import torch
 
@@ -42,6 +44,8 @@ def run(config: Config, place: Placement, directory: Path, bound: socket.socket 
     from server.expert.vllm_engine import VllmEngine
     from server.expert.worker import Worker
 
+    gc.freeze()
+    gc.enable()
     # Before the engine: while it loads, the ranks find each other, so that the first tick reaches them all.
     listener = None if bound is None else _listener(config, chosen, bound)
     link = coordinator_link(place, chosen.tensor_parallel_size, directory, listener)
