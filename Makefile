@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := torch==2.13.0+cpu
 
-.PHONY: serve test test-fast check format evaluate bench clean
+.PHONY: serve test test-fast check docs format evaluate bench clean
 
 serve: .venv/ready
 	@$(BIN)/polylogit serve deploy/demo/polylogit.yaml
@@ -19,12 +19,17 @@ check: .venv/ready-to-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MAKE) docs
+
+# Into site/, without a network. The variable spares a notice of the theme's makers.
+docs: .venv/ready-to-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 evaluate: .venv/ready-to-test
 	deploy/demo/evaluate.sh
 
 bench: .venv/ready
-	$(BIN)/polylogit bench deploy/demo/polylogit.yaml --experts math,text --json deploy/demo/report/bench.json
+	$(BIN)/polylogit bench deploy/demo/polylogit.yaml --experts math,text --json docs/benchmarks/bench.json
 
 format: .venv/ready-to-test
 	$(BIN)/ruff check --fix .
@@ -45,4 +50,4 @@ format: .venv/ready-to-test
 	touch $@
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist site .pytest_cache .mypy_cache .ruff_cache

@@ -1,7 +1,7 @@
 """Pictures of the playground for the README: the example prompt answered, beside every expert alone, light and dark.
 
     polylogit serve deploy/demo/polylogit.yaml &
-    python deploy/demo/screenshots.py http://127.0.0.1:8000 deploy/demo/report
+    python deploy/demo/screenshots.py http://127.0.0.1:8000 docs/images
 
 Needs playwright and a Chromium (docker/requirements/dev.txt; Debian's package `chromium`).
 """

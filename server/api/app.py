@@ -91,12 +91,14 @@ def _completion_routes(services: Services) -> APIRouter:
 
     @router.post("/v1/chat/completions", responses=STREAMED, openapi_extra=body_of(ChatRequest))
     async def create_chat_completion(request: Request) -> Response:
+        """Continue a conversation."""
         services.client.require_ready()
         body = await read(request, ChatRequest)
         return services.reply(await chat_job(services, body, request.state.request_id))
 
     @router.post("/v1/completions", responses=STREAMED, openapi_extra=body_of(CompletionRequest))
     async def create_completion(request: Request) -> Response:
+        """Continue a text."""
         services.client.require_ready()
         body = await read(request, CompletionRequest)
         return services.reply(await completion_job(services, body, request.state.request_id))
@@ -110,10 +112,12 @@ def _model_routes(deployment: Deployment) -> APIRouter:
 
     @router.get("/v1/models")
     async def list_models() -> Response:
+        """All that may be asked for: the deployment, its policies, each expert alone."""
         return _json(model_list(deployment, created))
 
     @router.get("/v1/models/{model}")
     async def retrieve_model(model: str) -> Response:
+        """One of them."""
         return _json(model_card(deployment, model, created))
 
     return router
@@ -124,12 +128,14 @@ def _token_routes(deployment: Deployment) -> APIRouter:
 
     @router.post("/tokenize", openapi_extra=body_of(TokenizeTextRequest, TokenizeChatRequest))
     async def create_tokens(request: Request) -> Response:
+        """Token ids of a text, or of a conversation's prompt."""
         body = await read_json(request)
         kind = TokenizeChatRequest if "messages" in body else TokenizeTextRequest
         return _json(await tokenize(deployment, await validated(request, kind, body)))
 
     @router.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))
     async def create_text(request: Request) -> Response:
+        """Text of token ids."""
         return _json(await detokenize(deployment, await read(request, DetokenizeRequest)))
 
     return router
@@ -141,22 +147,26 @@ def _operation_routes(services: Services) -> APIRouter:
 
     @router.get("/health/live")
     async def live() -> Response:
+        """Whether the api process answers at all; needs no key."""
         return _json({"status": "ok"})
 
     @router.get("/health", responses=errors(503))
     @router.get("/health/ready", responses=errors(503))
     async def ready() -> Response:
+        """Whether completions are answered, and the state of each expert; 503 while not; needs no key."""
         client.require_ready()
         return _json({"status": "ok", "experts": client.status.experts if client.status else {}})
 
     @router.get("/metrics", response_class=PlainTextResponse, responses=errors(*READING))
     async def metrics() -> Response:
+        """Counters and histograms, as Prometheus reads them."""
         stats = await client.stats(_STATS_SECONDS)
         text = render(services.metrics, stats, age=client.stats_age, ready=client.ready)
         return Response(text, media_type=_METRICS_TYPE)
 
     @router.get("/version", responses=errors(*READING))
     async def version() -> Response:
+        """The server's version."""
         return _json({"version": __version__})
 
     return router

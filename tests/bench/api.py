@@ -1,6 +1,6 @@
 """What the api process costs, and how long its event loop lets anyone wait:
 
-    python -m tests.bench.api --json deploy/demo/report/api.json
+    python -m tests.bench.api --json docs/benchmarks/api.json
 
 The api runs in a process of its own, with a heartbeat in its event loop; this process is its clients and, in place of a
 coordinator, an engine that answers at once. Every tick brings one token to every stream, and the next tick comes when

@@ -18,10 +18,11 @@ from server.policy import Policy, Product, Uniform
 from tests.support import demo
 from tests.support.oracle import truncated
 from tests.support.oracle.reference import Reference
+from tests.support.paths import ROOT
 from tests.support.sequences import greedy
 from tests.support.teacher import Texts, served
 
-REPORT = demo.DEMO / "report"
+REPORT = ROOT / "docs" / "benchmarks"
 SIZES = [8, 32, 128]
 MISSING = ["tail", "exact"]
 SEQUENCES = [1, 8, 32]

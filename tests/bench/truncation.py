@@ -3,7 +3,7 @@
 For k = 8, 32 and 128, with `missing: tail` and `exact`: the total-variation distance between the distribution that
 the server reports and fusion over the full vocabulary (Hugging Face transformers), at every position of the right
 answers to the demo's held-out prompts; and decoding time, the two deployments of one k taking turns. Writes JSON and
-a Markdown table to deploy/demo/report/.
+a Markdown table to docs/benchmarks/.
 """
 
 from __future__ import annotations

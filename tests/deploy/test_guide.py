@@ -1,4 +1,4 @@
-"""Commands of deploy/README.md that can be tried or judged without Docker."""
+"""Commands of docs/operations/containers.md that can be tried or judged without Docker."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import stat
 import subprocess
 from pathlib import Path
 
-from tests.support.compose import DEPLOY
+from tests.support.paths import ROOT
 
-GUIDE = (DEPLOY / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "operations" / "containers.md").read_text(encoding="utf-8")
 
 
 def test_servers_in_containers_can_be_reached() -> None:

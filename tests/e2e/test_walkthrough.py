@@ -1,4 +1,4 @@
-"""gate/README.md: every command of its walk-through, with two of the demo's experts as the models."""
+"""docs/gate.md: every command of its walk-through, with two of the demo's experts as the models."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.support import demo
 from tests.support.paths import ROOT
 from tests.support.serving import POLYLOGIT
 
-README = ROOT / "gate" / "README.md"
-BLOCK = re.compile(r"^```(\w+)(?: ([^\n]*))?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+GUIDE = ROOT / "docs" / "gate.md"
+BLOCK = re.compile(r'^```(\w+)(?: title="([^"\n]*)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 SECONDS = 240
 
 
@@ -71,7 +71,7 @@ def serve_until_ready(arguments: list[str], folder: Path) -> str:
 @pytest.mark.timeout(600)
 def test_every_command_of_the_walk_through(folder: Path) -> None:
     printed: dict[str, str] = {}
-    text = README.read_text(encoding="utf-8").partition("## Graders")[0]
+    text = GUIDE.read_text(encoding="utf-8").partition("## Graders")[0]
     for language, title, body in BLOCK.findall(text):
         if language == "yaml":
             with (folder / title.removesuffix(" (appended)")).open("a" if "appended" in title else "w") as file:

@@ -136,7 +136,7 @@ async def test_refusals_are_declared(api: Served) -> None:
 
 
 async def test_every_metric_is_described(api: Served) -> None:
-    guide = (ROOT / "deploy" / "README.md").read_text(encoding="utf-8")
+    guide = (ROOT / "docs" / "operations" / "monitoring.md").read_text(encoding="utf-8")
     await api.http.get("/metrics")
     text = (await api.http.get("/metrics")).text
     names = re.findall(r"^# TYPE (polylogit_\w+)", text, re.MULTILINE)

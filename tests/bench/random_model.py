@@ -1,6 +1,6 @@
 """Writes Llama models with random weights, to see how the cost of fusion shrinks beside larger models.
 
-    python deploy/bench/random_model.py build/bench --hidden 512 --layers 8
+    python -m tests.bench.random_model build/bench --hidden 512 --layers 8
 
 makes `build/bench/{a,b}` and `build/bench/bench.yaml`. They answer nonsense; only their speed is meant. The tokenizer
 is the demo's.
@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-DEMO = Path(__file__).parents[1] / "demo" / "experts" / "math"
+from tests.support.paths import DEMO
+
+MODEL = DEMO / "experts" / "math"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
@@ -50,7 +52,7 @@ def write(folder: Path, hidden: int, layers: int, seed: int) -> int:
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     for file in TOKENIZER_FILES:
-        shutil.copy(DEMO / file, folder / file)
+        shutil.copy(MODEL / file, folder / file)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -1,0 +1,72 @@
+"""What the documents name is there: files, modules, commands and their options; and the README stays short."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from server.cli import main
+from tests.support.paths import ROOT
+
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *(ROOT / name / "README.md" for name in ("deploy", "deploy/demo", "gate")),
+]
+FOLDERS = "server|gate|deploy|docs|docker|tests"
+MADE_BY_THE_READER = ("deploy/secrets", "deploy/.env")
+
+
+def ids(value: object) -> str | None:
+    return str(value.relative_to(ROOT)) if isinstance(value, Path) else None
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=ids)
+def test_files_and_modules_that_a_document_names_exist(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    named = set(re.findall(rf"(?<![\w/.-])(?:{FOLDERS})/[\w./-]*[\w/]", text))
+    missing = {name for name in named if not (ROOT / name).exists() and not name.startswith(MADE_BY_THE_READER)}
+    assert not missing
+    commands = set(re.findall(rf"python -m ((?:{FOLDERS})[\w.]+\w)", text))
+    assert not {name for name in commands if importlib.util.find_spec(name) is None}
+
+
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if path.parent.name != "docs"], ids=ids)
+def test_links_between_documents_lead_somewhere(document: Path) -> None:
+    """Those within docs/ are held by `mkdocs build --strict`."""
+    links = re.findall(
+        r"\]\(([^)#:\s]+)(?:#[^)]*)?\)|(?:src|srcset)=\"([^\"]+)\"", document.read_text(encoding="utf-8")
+    )
+    assert not [link for pair in links for link in pair if link and not (document.parent / link).exists()]
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """(command, option) of each `polylogit COMMAND ... --option` in a code block or in code."""
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+        for code in re.findall(r"^```[^\n]*\n(.*?)^```|`([^`]*)`", text, re.DOTALL | re.MULTILINE):
+            for line in "\n".join(code).splitlines():
+                for command, rest in re.findall(r"(?:^|[ `])polylogit ([a-z]+)((?: [^|&;#]*)?)", line):
+                    yield from ((command, option) for option in re.findall(r"(?<=\s)(--[a-z-]+)", rest) or [""])
+
+
+def test_commands_and_options_that_documents_show_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    shown: dict[str, set[str]] = {}
+    for command, option in commands():
+        shown.setdefault(command, set()).add(option)
+    assert {"serve", "check", "record", "train", "evaluate", "report", "explain", "bench", "top", "expert"} <= {*shown}
+    for command, options in shown.items():
+        with pytest.raises(SystemExit) as end:
+            main([command, "--help"])
+        assert end.value.code == 0, command
+        text = capsys.readouterr().out
+        assert not [option for option in options if option not in text], command
+
+
+def test_the_readme_and_the_architecture_stay_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
+    assert len((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").splitlines()) <= 110
