@@ -19,11 +19,24 @@ from server.coordinator.warmup import warm_up
 from server.errors import StartError, UnreachableError
 from server.logs import fields
 from server.remote.dialer import dialers
-from server.wire.api import Abort, BareTimes, FromApi, GateLoaded, GetStats, LoadGate, RunBare, Status, Submit, ToApi
+from server.wire.api import (
+    API_SOCKET,
+    Abort,
+    BareTimes,
+    FromApi,
+    GateLoaded,
+    GetStats,
+    LoadGate,
+    RunBare,
+    Status,
+    Submit,
+    ToApi,
+)
 from server.wire.base import Stop
 from server.wire.channel import Channel, Selector, endpoint
 from server.wire.expert import FromExpert, Ready, Refused, Scored
 from server.wire.supervisor import (
+    CONTROL_SOCKET,
     CoordinatorReady,
     Drain,
     Drained,
@@ -34,9 +47,6 @@ from server.wire.supervisor import (
     RestartExpert,
     ToSupervisor,
 )
-
-API_SOCKET = "api"
-CONTROL_SOCKET = "control"
 
 _IDLE_SECONDS = 1.0
 _DIAL_SECONDS = 0.1

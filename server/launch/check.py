@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pynvml
 from gate.contract import CheckpointError, mismatches, read_contract, sha256_file, vocabulary_hash
 from server.config import Config, ExpertConfig
 from server.errors import StartError, UnreachableError
+from server.launch.sockets import bound
 from server.placement import expert_cpus, expert_gpus
 from server.remote.dialer import dialers
 from server.remote.handshake import load_key
@@ -53,13 +53,8 @@ def check(config: Config, host: str | None = None) -> list[Finding]:
 
 def check_port(config: Config) -> None:
     """Raises StartError if the HTTP port is taken."""
-    host, port = config.http.host, config.http.port
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise StartError(f"http: cannot listen on {host}:{port}: {error.strerror}") from None
+    with bound("http", config.http.host, config.http.port):
+        pass
 
 
 def check_remote(config: Config) -> list[Finding]:

@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import logging
 import signal
-import socket
-import time
-from pathlib import Path
 
 from server.config import Config, ExpertConfig, parse_address
 from server.errors import StartError
 from server.launch.check import check
-from server.launch.supervisor import Child, bound, end, private_directory, start_expert
+from server.launch.children import Children
+from server.launch.roles import start_expert
+from server.launch.sockets import bound, private_directory
 
 log = logging.getLogger("polylogit")
 
@@ -40,27 +39,20 @@ class ExpertHost:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         with bound("--listen", *self._address) as listener, private_directory() as directory:
-            ranks = self._start(listener, directory)
+            ranks = start_expert(self._config, self._index, 0, directory, listener)
+            listener.close()  # the worker has its own: when it ends, nobody is accepted any more
             try:
                 self._watch(ranks)
             finally:
-                for child in ranks:
-                    end(child)
-
-    def _start(self, listener: socket.socket, directory: Path) -> list[Child]:
-        ranks = start_expert(self._config, self._index, 0, directory, listener)
-        listener.close()  # the worker has its own: when it ends, nobody is accepted any more
-        return ranks
+                ranks.reap(0.0)
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._stopping = True
 
-    def _watch(self, ranks: list[Child]) -> None:
+    def _watch(self, ranks: Children) -> None:
         while not self._stopping:
-            for child in ranks:
-                if not child.process.is_alive():
-                    raise StartError(f"{child.name}: {child.last_words()}")
-            time.sleep(_POLL_SECONDS)
+            ranks.check()
+            ranks.wait(_POLL_SECONDS)
 
 
 def _index(config: Config, name: str) -> int:

@@ -5,7 +5,7 @@ Used by `polylogit bench`, `record` and `train`, and by tests that need exact di
 
 from __future__ import annotations
 
-import tempfile
+import contextlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +14,12 @@ from typing import Self, TypeVar
 
 from server.config import Config
 from server.errors import EngineError, StartError
-from server.launch.supervisor import Child, end, run_coordinator, spawn, start_expert
+from server.launch.children import Child, Children
+from server.launch.roles import control_channel, start_coordinator, start_expert
+from server.launch.sockets import private_directory
 from server.request import SequenceRequest
 from server.wire.api import (
+    API_SOCKET,
     Abort,
     BareTimes,
     Choice,
@@ -34,7 +37,7 @@ from server.wire.base import Message, Stop
 from server.wire.channel import Channel, endpoint
 from server.wire.expert import Bare
 from server.wire.stats import Stats
-from server.wire.supervisor import CoordinatorReady, ExpertUp, FromSupervisor, RemoteNote, RestartExpert, ToSupervisor
+from server.wire.supervisor import CoordinatorReady, ExpertUp, RemoteNote, RestartExpert
 
 Answer = TypeVar("Answer", bound=Message)
 
@@ -44,12 +47,16 @@ _LOOK_SECONDS = 1.0
 
 @dataclass(slots=True)
 class Generated:
-    """What became of one sequence. `arrivals[i]` is when `tokens[i]` came, on the clock of `time.perf_counter`."""
+    """What became of one sequence."""
 
     tokens: list[int] = field(default_factory=list)
+    """T token ids, one a tick."""
     choices: list[Choice] = field(default_factory=list)
+    """What the sequence asked for beside each token; T, or none."""
     arrivals: list[float] = field(default_factory=list)
+    """When each token came, T seconds on the clock of `time.perf_counter`."""
     ended: Ended | None = None
+    """How it ended; None while it runs."""
 
 
 class LocalDeployment:
@@ -60,20 +67,15 @@ class LocalDeployment:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self._children = Children()
+        self._kept = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        self._directory = tempfile.TemporaryDirectory(prefix="polylogit-")
-        path = Path(self._directory.name)
-        self._api: Channel[ToApi, FromApi] = Channel(endpoint(path, "api"), ToApi, bind=False)
-        self._control: Channel[ToSupervisor, FromSupervisor] = Channel(
-            endpoint(path, "control"), ToSupervisor, bind=False
-        )
-        self._children = [spawn("coordinator", run_coordinator, self._config, path)]
-        for index, expert in enumerate(self._config.experts):
-            if expert.address is None:
-                self._control.send(ExpertUp(index, 0))
-                self._children += start_expert(self._config, index, 0, path)
+        directory = self._kept.enter_context(private_directory())
+        self._api: Channel[ToApi, FromApi] = Channel(endpoint(directory, API_SOCKET), ToApi, bind=False)
+        self._control = control_channel(directory)
         try:
+            self._start(directory)
             self._await_ready()
         except BaseException:
             self.close()
@@ -88,18 +90,15 @@ class LocalDeployment:
     @property
     def children(self) -> list[Child]:
         """The coordinator's process, then those of the experts on this host in order."""
-        return self._children
+        return list(self._children)
 
     def close(self) -> None:
         """Stop every process and wait for it."""
         self._control.send(Stop())
-        deadline = time.monotonic() + _END_SECONDS
-        for child in self._children:
-            child.process.join(max(0.0, deadline - time.monotonic()))
-            end(child)
+        self._children.reap(_END_SECONDS)
         self._api.close()
         self._control.close()
-        self._directory.cleanup()
+        self._kept.close()
 
     def submit(self, requests: list[SequenceRequest]) -> None:
         self._api.send(Submit(requests))
@@ -146,9 +145,7 @@ class LocalDeployment:
         for message in self._control.drain():
             if isinstance(message, RestartExpert):
                 raise EngineError(f"expert {self._config.experts[message.expert].name}: {message.message}")
-        for child in self._children:
-            if not child.process.is_alive():
-                raise EngineError(f"{child.name}: {child.last_words()}")
+        self._children.check(EngineError)
 
     def _answer(self, question: FromApi, kind: type[Answer], timeout: float) -> Answer:
         """Send `question`; the next message of one kind. Raises TimeoutError."""
@@ -158,15 +155,21 @@ class LocalDeployment:
                 return message
         raise TimeoutError(f"no answer to {type(question).__name__}")
 
+    def _start(self, directory: Path) -> None:
+        self._children.add(start_coordinator(self._config, directory))
+        for index, expert in enumerate(self._config.experts):
+            if expert.address is None:
+                self._control.send(ExpertUp(index, 0))
+                for child in start_expert(self._config, index, 0, directory):
+                    self._children.add(child)
+
     def _await_ready(self) -> None:
         deadline = time.monotonic() + self._config.limits.start_seconds
         note = ""
         while not isinstance(message := self._control.receive(0.1), CoordinatorReady):
             if isinstance(message, RemoteNote):
                 note = message.message and f"; expert {self._config.experts[message.expert].name}: {message.message}"
-            for child in self._children:
-                if not child.process.is_alive():
-                    raise StartError(f"{child.name}: {child.last_words()}")
+            self._children.check()
             if time.monotonic() > deadline:
                 raise StartError(f"not ready after {self._config.limits.start_seconds:g} s{note}")
 

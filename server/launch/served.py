@@ -1,22 +1,28 @@
-"""A deployment served for the time of a command: `polylogit serve` in a process of its own, on a free port."""
+"""A deployment served for the time of a command: a supervisor in a process of its own, on a free port."""
 
 from __future__ import annotations
 
 import contextlib
-import re
+import multiprocessing
+import multiprocessing.connection
+import os
 import signal
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
-from server.errors import StartError
+import msgspec
 
-_READY = re.compile(r"is ready on (http://\S+)")
+from server import logs
+from server.config import LoggingConfig, load_config, with_gate
+from server.errors import StartError
+from server.launch.check import check
+from server.launch.children import Child, spawn
+from server.launch.supervisor import Supervisor
+
 _END_SECONDS = 60.0
-_LOOK_SECONDS = 0.1
 
 
 @contextlib.contextmanager
@@ -25,46 +31,43 @@ def served(config: Path, *, gate: Path | None = None, start_seconds: float = 600
 
     Raises StartError with the server's last words if it ends before it is ready.
     """
-    logging = [
-        "--log-level",
-        "warning",
-        "--log-format",
-        "text",
-    ]  # as JSON the line that it is ready would be a log line
-    command = [sys.executable, "-m", "server.cli", *logging, "serve", str(config), "--port", "0"]
-    if gate is not None:
-        command += ["--gate", str(gate)]
-    with tempfile.TemporaryDirectory(prefix="polylogit-") as directory:
-        output, errors = Path(directory, "stdout"), Path(directory, "stderr")
-        with output.open("wb") as out, errors.open("wb") as err:
-            process = subprocess.Popen(command, stdout=out, stderr=err)
+    announced, announce = multiprocessing.Pipe(duplex=False)
+    with announced:
+        with announce:
+            server = spawn("the server", partial(run_server, config, gate, announce))
         try:
-            yield _await_ready(process, output, errors, start_seconds)
+            yield _await_ready(server, announced, start_seconds)
         finally:
-            _end(process)
+            server.process.terminate()
+            server.process.join(_END_SECONDS)
+            server.end()
 
 
-def _await_ready(process: subprocess.Popen[bytes], output: Path, errors: Path, seconds: float) -> str:
-    deadline = time.monotonic() + seconds
-    while not (match := _READY.search(output.read_text(encoding="utf-8"))):
-        if process.poll() is not None:
-            raise StartError(_last_words(errors) or f"the server ended with code {process.returncode}")
-        if time.monotonic() > deadline:
-            raise StartError(f"the server was not ready after {seconds:g} s")
-        time.sleep(_LOOK_SECONDS)
-    return match[1]
+def run_server(config: Path, gate: Path | None, announce: Connection) -> None:
+    """Serve until SIGTERM, without a word: its URL goes to `announce` when it answers. Raises StartError."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends this process while there is nothing to end in order
+    _be_silent()
+    chosen = load_config(config) if gate is None else with_gate(load_config(config), gate)
+    http = msgspec.structs.replace(chosen.http, port=0)
+    chosen = msgspec.structs.replace(chosen, http=http, logging=LoggingConfig("text", "warning"))
+    logs.configure(chosen.logging, "supervisor")
+    check(chosen)
+    Supervisor(chosen, lambda url: announce.send_bytes(url.encode())).run()
 
 
-def _last_words(errors: Path) -> str:
-    lines = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1].removeprefix("polylogit: error: ") if lines else ""
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
+def _await_ready(server: Child, announced: Connection, seconds: float) -> str:
+    """The URL. Raises StartError."""
+    if not multiprocessing.connection.wait([announced, server.process.sentinel], seconds):
+        raise StartError(f"the server was not ready after {seconds:g} s")
     try:
-        process.wait(_END_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        return announced.recv_bytes().decode()
+    except EOFError:
+        server.process.join(_END_SECONDS)
+        raise StartError(server.last_words()) from None
+
+
+def _be_silent() -> None:
+    """What this process and its children write goes nowhere: the command that is served has the terminal."""
+    with Path(os.devnull).open("wb") as nowhere:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere.fileno(), stream.fileno())

@@ -9,6 +9,9 @@ from server.wire.base import Message, Stop
 from server.wire.expert import Bare
 from server.wire.stats import Stats
 
+API_SOCKET = "api"
+"""Name of the socket that the coordinator binds for it."""
+
 
 class Submit(Message, frozen=True, tag="Submit"):
     """Start these sequences. The api gives each a number it has never used before."""

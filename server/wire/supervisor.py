@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from server.wire.base import Message, Stop
 
+CONTROL_SOCKET = "control"
+"""Name of the socket that the coordinator binds for it."""
+
 
 class ExpertUp(Message, frozen=True, tag="ExpertUp"):
     """A worker process for `expert` (index) was started and will connect to endpoint `generation`."""

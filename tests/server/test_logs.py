@@ -11,7 +11,7 @@ import pytest
 
 from server import logs
 from server.config import LoggingConfig
-from server.launch.supervisor import spawn
+from server.launch.children import spawn
 from tests.support import children
 
 

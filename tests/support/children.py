@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from server import logs
@@ -37,10 +37,6 @@ def crash() -> None:
     raise ValueError("several\n  words\ton two lines")
 
 
-def leave(code: int) -> None:
-    sys.exit(code)
-
-
 def linger(ready: str) -> None:
     """Say so with a file, then wait."""
     Path(ready).touch()
@@ -57,6 +53,36 @@ def write_and_abort() -> None:
 
 def raise_signal(number: int) -> None:
     signal.raise_signal(number)
+
+
+# --- in place of `server.launch.served.run_server` ---
+
+
+def announces(config: Path, gate: Path | None, announce: Connection) -> None:
+    """The URL's path is this process's number."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    announce.send_bytes(f"http://127.0.0.1:1/{os.getpid()}".encode())
+    time.sleep(SECONDS)
+
+
+def refuses(config: Path, gate: Path | None, announce: Connection) -> None:
+    explain()
+
+
+def crashes(config: Path, gate: Path | None, announce: Connection) -> None:
+    crash()
+
+
+def is_killed(config: Path, gate: Path | None, announce: Connection) -> None:
+    raise_signal(signal.SIGKILL)
+
+
+def loads_for_ever(config: Path, gate: Path | None, announce: Connection) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(SECONDS)
+
+
+# --- in place of a deployment's processes ---
 
 
 def coordinator(config: Config, directory: Path) -> None:

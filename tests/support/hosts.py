@@ -14,7 +14,7 @@ from server.config import Config
 from server.errors import EngineError
 from server.expert.process import serve_visitors
 from server.expert.worker import Worker
-from server.launch.supervisor import bound
+from server.launch.sockets import bound
 from server.remote.agreement import Terms, facts
 from server.remote.listener import Listener
 from server.wire.expert import ToExpert

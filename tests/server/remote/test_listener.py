@@ -15,7 +15,7 @@ from server.config import Config, parse_config
 from server.errors import StartError, UnreachableError
 from server.launch.check import Finding, check, check_remote
 from server.launch.expert_host import ExpertHost
-from server.launch.supervisor import bound
+from server.launch.sockets import bound
 from server.remote import listener as listener_module
 from server.remote.agreement import Offer, Terms
 from server.remote.dialer import Dialer

@@ -29,7 +29,6 @@ def test_an_expert_that_hangs_ends_it():
     """Nobody replaces it: there is no supervisor."""
     config = parse_config({"name": "fake", "experts": [{"name": "a", "model": "a"}]}, directory=Path())
     deployment = LocalDeployment(config)
-    deployment._children = []
     deployment._control = SimpleNamespace(drain=lambda: [RestartExpert(0, 0, "no answer for 60 s")])
     with pytest.raises(EngineError, match=r"^expert a: no answer for 60 s$"):
         deployment.check()
