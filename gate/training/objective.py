@@ -36,14 +36,16 @@ def _states(memory: torch.nn.GRUCell, seen: Tensor, mask: Tensor) -> Tensor:
 
 
 def token_logprobs(model: GateModel, space: str, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probability of every token as drawn from the fusion at `temperature` ([B, T], mask [B, T]). Tokens that no
-    expert lists are masked out, and 0."""
+    """Log-probability of every token as sampled from the fusion at `temperature` ([B, T], mask [B, T]). Tokens that no
+    expert lists, and those that the fusion finds impossible, are masked out, and 0."""
     union = candidates(batch.topk_logprobs, batch.topk_ids, batch.vocabulary_size)
     slots, listed = token_slots(union, batch.tokens)
     fused = fuse(gate_coefficients(model, batch), union, space, temperature)
-    found = fused.gather(1, slots.unsqueeze(1)).squeeze(1).masked_fill(~listed, 0.0)
+    found = fused.gather(1, slots.unsqueeze(1)).squeeze(1)
+    counts = listed & ~found.isneginf()
+    found = found.masked_fill(~counts, 0.0)
     logprobs = found.new_zeros(batch.mask.shape).masked_scatter(batch.mask, found)
-    return logprobs, torch.zeros_like(batch.mask).masked_scatter(batch.mask, listed)
+    return logprobs, torch.zeros_like(batch.mask).masked_scatter(batch.mask, counts)
 
 
 def broadcast_loss(logprobs: Tensor, mask: Tensor, rewards: Tensor, negative_weight: float) -> Tensor:
@@ -79,7 +81,7 @@ def clipped_policy_loss(logprobs: Tensor, old: Tensor, mask: Tensor, advantages:
 def divergence(logprobs: Tensor, start: Tensor, mask: Tensor) -> Tensor:
     """Nats a token from the policy to the one it started from, by the estimator of GRPO's equation 4 (never negative).
 
-    logprobs, start, mask: [B, T], of tokens that the policy drew.
+    logprobs, start, mask: [B, T], of tokens that the policy sampled.
     """
     ratio = (start - logprobs).clamp(-5.0, 5.0)
     return ((ratio.exp() - ratio - 1) * mask).sum() / mask.sum().clamp_min(1)

@@ -334,3 +334,16 @@ def test_curves(tmp_path):
     assert lines[0] == "phase,step,loss,validation,reward,divergence"
     assert lines[1] == "broadcast,50,1.0,0.9,,"
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_token_that_the_fusion_finds_impossible_teaches_nothing():
+    shown = records(responses=2)
+    shown.tokens[0] = shown.topk_ids[0, 0, -1]
+    shown.topk_logprobs[0, 0, -1] = -torch.inf
+    batch = shown.batch(torch.tensor([0, 1]), torch.device("cpu"))
+    model = GateModel(contract())
+    logprobs, mask = token_logprobs(model, "logprob", batch)
+    assert mask.tolist() == [[False, True, True, True], [True] * 4]
+    loss = clipped_policy_loss(logprobs, logprobs.detach(), mask, torch.tensor([1.0, -1.0]), 0.2)
+    (loss + broadcast_loss(logprobs, mask, batch.rewards, 0.02)).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
