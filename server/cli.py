@@ -5,26 +5,98 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import select
 import shlex
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Generic
+
+import msgspec
 
 from gate.errors import GateError
+from gate.options import Metavar, Positional, T, check_outputs, fill, made, port
 from server import __version__, logs
-from server.config import LoggingConfig
+from server.config import LoggingConfig, load_config, with_gate
 from server.errors import PolylogitError
-from server.tools.evaluate import Commands
-from server.training import cli as training
+from server.logs import LogOptions
+from server.tools.options import BenchOptions, EvaluateOptions, ExplainOptions, ReportOptions, TopOptions
+from server.training.options import RecordOptions, TrainOptions
+
+NOBODY_READS = 141
+"""The exit code of a program that SIGPIPE ended: 128 + 13."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """Serve a deployment until SIGTERM."""
+
+    config: Annotated[Path, Positional("FILE")]
+    """The deployment's configuration."""
+    host: str | None = None
+    """Listen here (default: http.host of the configuration)."""
+    port: Annotated[int | None, port] = None
+    """Listen here; 0 takes a free one (default: http.port of the configuration)."""
+    gate: Annotated[Path | None, Metavar("CHECKPOINT")] = None
+    """Fuse by this gate (default: gate.file of the configuration)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertOptions:
+    """Run one expert for the host that serves, until SIGTERM."""
+
+    config: Annotated[Path, Positional("FILE")]
+    """The deployment's configuration."""
+    name: Annotated[str, Positional("NAME")]
+    """The expert to run."""
+    listen: Annotated[str, Metavar("HOST:PORT")]
+    """Where the serving host reaches it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckOptions:
+    """Validate a deployment without loading weights."""
+
+    config: Annotated[Path, Positional("FILE")]
+    """The deployment's configuration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command(Generic[T]):
+    """`polylogit NAME`."""
+
+    name: str
+    """On the command line."""
+    options: type[T]
+    """Its options; their docstring is the command's help."""
+    run: Callable[[T, LogOptions], int]
+    """The work; the exit code."""
+
+    def add(self, commands: Any) -> None:
+        """Add it to an argparse parser's `commands`."""
+        text = self.options.__doc__ or ""
+        parser = commands.add_parser(self.name, help=text.removesuffix("."), description=text)
+        fill(parser, self.options)
+        parser.set_defaults(start=self._start)
+
+    def _start(self, values: dict[str, Any]) -> int:
+        options = made(self.options, values)
+        check_outputs(options)
+        return self.run(options, made(LogOptions, values))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit code."""
-    options = _parser().parse_args(arguments)
-    logs.configure(_logging(options, LoggingConfig()), "polylogit")
+    values = vars(_parser().parse_args(arguments))
+    logs.configure(made(LogOptions, values).over(LoggingConfig()), "polylogit")
     try:
-        return int(options.run(options))
+        code = int(values["start"](values))
+        sys.stdout.flush()
+        return code
     except (PolylogitError, GateError) as error:
-        if options.log_format == "json":
+        if logs.in_json():
             logging.getLogger("polylogit").error(str(error))
         else:
             print(f"polylogit: error: {error}", file=sys.stderr)
@@ -32,81 +104,58 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("polylogit: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        if _nobody_reads():
+            return NOBODY_READS
+        raise
 
 
-def _logging(options: argparse.Namespace, configured: LoggingConfig) -> LoggingConfig:
-    """As configured, or as the command line says."""
-    return LoggingConfig(options.log_format or configured.format, options.log_level or configured.level)
+def _nobody_reads() -> bool:
+    """Whether nobody reads standard output any more; if so, what is left to write goes nowhere."""
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, select.POLLOUT)
+    if not any(events & select.POLLERR for _, events in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="polylogit", description="Several LLMs answer as one, fused token by token.")
     parser.add_argument("--version", action="version", version=f"polylogit {__version__}")
-    parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], help="instead of logging.level")
-    parser.add_argument("--log-format", choices=["text", "json"], help="instead of logging.format")
+    fill(parser, LogOptions)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    serve = commands.add_parser("serve", help="serve a deployment until SIGTERM")
-    serve.add_argument("config", type=Path, metavar="FILE")
-    serve.add_argument("--host", help="listen here instead of http.host")
-    serve.add_argument("--port", type=_port, help="listen here instead of http.port; 0 takes a free one")
-    serve.add_argument("--gate", type=Path, metavar="CHECKPOINT", help="this gate instead of gate.file")
-    serve.set_defaults(run=_serve)
-
-    expert = commands.add_parser("expert", help="run one expert for the host that serves, until SIGTERM")
-    expert.add_argument("config", type=Path, metavar="FILE")
-    expert.add_argument("name", metavar="NAME")
-    expert.add_argument("--listen", required=True, metavar="HOST:PORT", help="where the serving host reaches it")
-    expert.set_defaults(run=_expert)
-
-    check = commands.add_parser("check", help="validate a deployment without loading weights")
-    check.add_argument("config", type=Path, metavar="FILE")
-    check.set_defaults(run=_check)
-
-    bench = commands.add_parser("bench", help="measure fused decoding beside each expert alone")
-    bench.add_argument("config", type=Path, metavar="FILE")
-    bench.add_argument("--experts", help="comma-separated names of the experts to use (default: all)")
-    bench.add_argument("--missing", choices=["tail", "exact"], help="instead of the configuration's")
-    bench.add_argument("--sequences", default="1,8,32", help="numbers of concurrent sequences (default: %(default)s)")
-    bench.add_argument("--tokens", type=int, default=64, help="tokens a sequence in each short run")
-    bench.add_argument("--prompt-tokens", type=int, default=32)
-    bench.add_argument("--rounds", type=int, default=15, help="interleaved rounds; medians are over these")
-    bench.add_argument("--gate", action="store_true", help="fuse by the configured gate, and tell its share of a tick")
-    bench.add_argument("--json", type=Path, help="write all measurements here")
-    bench.set_defaults(run=_bench)
-
-    top = commands.add_parser("top", help="watch a running server")
-    top.add_argument("url", nargs="?", default="http://127.0.0.1:8000", metavar="URL", help="default: %(default)s")
-    top.add_argument("--once", action="store_true", help="print one frame, over one interval")
-    top.add_argument("--interval", type=float, default=1.0, help="seconds between readings (default: %(default)g)")
-    top.add_argument("--api-key-file", type=Path, metavar="FILE", help="instead of POLYLOGIT_API_KEY")
-    top.set_defaults(run=_top)
-
-    training.add_commands(commands)
-    Commands(commands).add()
+    for command in _commands():
+        command.add(commands)
     return parser
 
 
-def _port(text: str) -> int:
-    if not (text.isdecimal() and int(text) <= 65535):
-        raise argparse.ArgumentTypeError(f"{text} is no port from 0 to 65535")
-    return int(text)
+def _commands() -> list[Command[Any]]:
+    return [
+        Command("serve", ServeOptions, _serve),
+        Command("expert", ExpertOptions, _expert),
+        Command("check", CheckOptions, _check),
+        Command("bench", BenchOptions, _bench),
+        Command("top", TopOptions, _top),
+        Command("record", RecordOptions, _record),
+        Command("train", TrainOptions, _train),
+        Command("evaluate", EvaluateOptions, _evaluate),
+        Command("report", ReportOptions, _report),
+        Command("explain", ExplainOptions, _explain),
+    ]
 
 
-def _serve(options: argparse.Namespace) -> int:
-    import msgspec
-
-    from server.config import load_config, with_gate
+def _serve(options: ServeOptions, log_options: LogOptions) -> int:
     from server.launch.check import check
     from server.launch.supervisor import Supervisor
 
     config = load_config(options.config)
     if options.gate is not None:
         config = with_gate(config, options.gate)
-    changes = {key: getattr(options, key) for key in ("host", "port") if getattr(options, key) is not None}
-    http = msgspec.structs.replace(config.http, **changes)
-    config = msgspec.structs.replace(config, http=http, logging=_logging(options, config.logging))
-    options.log_format = config.logging.format
+    given = {"host": options.host, "port": options.port}
+    http = msgspec.structs.replace(config.http, **{key: value for key, value in given.items() if value is not None})
+    config = msgspec.structs.replace(config, http=http, logging=log_options.over(config.logging))
     logs.configure(config.logging, "supervisor")
     for finding in check(config):
         if finding.warning:
@@ -126,22 +175,17 @@ def _serve(options: argparse.Namespace) -> int:
     return 0
 
 
-def _expert(options: argparse.Namespace) -> int:
-    import msgspec
-
-    from server.config import load_config
+def _expert(options: ExpertOptions, log_options: LogOptions) -> int:
     from server.launch.expert_host import ExpertHost
 
     config = load_config(options.config)
-    config = msgspec.structs.replace(config, logging=_logging(options, config.logging))
-    options.log_format = config.logging.format
+    config = msgspec.structs.replace(config, logging=log_options.over(config.logging))
     logs.configure(config.logging, "expert host")
     ExpertHost(config, options.name, options.listen).run()
     return 0
 
 
-def _check(options: argparse.Namespace) -> int:
-    from server.config import load_config
+def _check(options: CheckOptions, _: LogOptions) -> int:
     from server.launch.check import check, check_port, check_remote
 
     config = load_config(options.config)
@@ -154,16 +198,46 @@ def _check(options: argparse.Namespace) -> int:
     return 0
 
 
-def _bench(options: argparse.Namespace) -> int:
+def _bench(options: BenchOptions, _: LogOptions) -> int:
     from server.tools.bench import bench
 
     return bench(options)
 
 
-def _top(options: argparse.Namespace) -> int:
-    from server.tools.top.cli import top
+def _top(options: TopOptions, _: LogOptions) -> int:
+    from server.tools.top.watch import top
 
     return top(options)
+
+
+def _record(options: RecordOptions, log_options: LogOptions) -> int:
+    from server.training.record import record
+
+    return record(options, log_options)
+
+
+def _train(options: TrainOptions, log_options: LogOptions) -> int:
+    from server.training.train import train
+
+    return train(options, log_options)
+
+
+def _evaluate(options: EvaluateOptions, _: LogOptions) -> int:
+    from server.tools.evaluate import evaluate
+
+    return evaluate(options)
+
+
+def _report(options: ReportOptions, _: LogOptions) -> int:
+    from server.tools.report import report
+
+    return report(options)
+
+
+def _explain(options: ExplainOptions, _: LogOptions) -> int:
+    from server.tools.explain import explain
+
+    return explain(options)
 
 
 if __name__ == "__main__":

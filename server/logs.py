@@ -13,8 +13,9 @@ import sys
 import threading
 import time
 from contextvars import ContextVar
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -22,6 +23,20 @@ from server.config import LoggingConfig
 
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 """The id of the request that this task serves."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogOptions:
+    """What the command line says of log lines, before the command."""
+
+    log_level: Literal["debug", "info", "warning", "error"] | None = None
+    """Log lines of at least this level (default: logging.level of the configuration)."""
+    log_format: Literal["text", "json"] | None = None
+    """Form of log lines and errors (default: logging.format of the configuration)."""
+
+    def over(self, configured: LoggingConfig) -> LoggingConfig:
+        """As `configured`, or as the command line says."""
+        return LoggingConfig(self.log_format or configured.format, self.log_level or configured.level)
 
 
 def configure(logging_config: LoggingConfig, process: str) -> None:
@@ -34,6 +49,11 @@ def configure(logging_config: LoggingConfig, process: str) -> None:
     root.addHandler(handler)
     root.setLevel(logging.WARNING)  # libraries: what goes wrong
     logging.getLogger("polylogit").setLevel(logging_config.level.upper())
+
+
+def in_json() -> bool:
+    """Whether this process logs JSON lines."""
+    return any(isinstance(handler.formatter, JsonLines) for handler in logging.getLogger().handlers)
 
 
 class _ToStderr(logging.Handler):

@@ -6,7 +6,6 @@ times.json, versions.json. Every step is a command that a person could type. A f
 folder and is not run again; after an interruption the same call goes on. Nothing is chosen on the test prompts.
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -14,14 +13,16 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import yaml
 
 from deploy.demo import tables
-from server.tools.evaluate import about
+from gate.options import Metavar, run_module, whole
+from server.tools.provenance import versions
 
 DEMO = Path("deploy/demo")
 EXPERTS = ("math", "text", "chat")
@@ -43,24 +44,48 @@ NAME = "polylogit-demo"
 ANSWER_TOKENS = "24"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExperimentOptions:
+    """Of `python -m deploy.demo.experiment`."""
+
+    seed: int = 0
+    """Of the prompts and of all training."""
+    experts: Path = DEMO / "experts"
+    """Folder of the three experts."""
+    base: Path = DEMO / "base"
+    """Their common start, for merging."""
+    test: Annotated[int, whole(1)] = 200
+    """Test prompts a domain."""
+    work: Path | None = None
+    """Folder of what is made on the way (default: build/experiment/seed-SEED)."""
+    report: Path | None = None
+    """Folder of the results (default: deploy/demo/report/seed-SEED)."""
+    only: Annotated[tuple[str, ...], Metavar("STEP")] = ()
+    """These steps, even if done (default: all that are not done)."""
+    list: bool = False
+    """Print the steps."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A named part; `run` calls commands through the experiment."""
+    """A part of the experiment."""
 
     name: str
+    """Unique."""
     run: Callable[[], None]
+    """Calls commands through the experiment."""
 
 
 class Experiment:
     """One seed's files and steps."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.seed: int = options.seed
-        self.experts: Path = options.experts
-        self.base: Path = options.base
-        self.test_prompts: int = options.test
-        self.work: Path = options.work or Path(f"build/experiment/seed-{options.seed}")
-        self.report: Path = options.report or DEMO / f"report/seed-{options.seed}"
+    def __init__(self, options: ExperimentOptions) -> None:
+        self.seed = options.seed
+        self.experts = options.experts
+        self.base = options.base
+        self.test_prompts = options.test
+        self.work = options.work or Path(f"build/experiment/seed-{options.seed}")
+        self.report = options.report or DEMO / f"report/seed-{options.seed}"
         self.prompts = self.work / "prompts"
         self.results = self.work / "results"
 
@@ -82,7 +107,7 @@ class Experiment:
             Step("tables", self.write_tables),
         ]
 
-    def run(self, only: list[str]) -> None:
+    def run(self, only: Collection[str]) -> None:
         """Every step not done yet, or those named `only`, done or not. Raises SystemExit at a failed command."""
         self.results.mkdir(parents=True, exist_ok=True)
         (self.work / "done").mkdir(exist_ok=True)
@@ -195,7 +220,7 @@ class Experiment:
         )
         for name in ("commands.txt", "times.json"):
             shutil.copy(self.work / name, self.report / name)
-        (self.report / "versions.json").write_text(json.dumps(about()["versions"], indent=1) + "\n")
+        (self.report / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
 
     def gates(self) -> list[str]:
         """Labels of all gates: families, with an input removed, from few responses."""
@@ -268,22 +293,17 @@ def _file(label: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in label)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts and of all training")
-    parser.add_argument("--experts", type=Path, default=DEMO / "experts", help="folder of the three experts")
-    parser.add_argument("--base", type=Path, default=DEMO / "base", help="their common start, for merging")
-    parser.add_argument("--test", type=int, default=200, help="test prompts a domain")
-    parser.add_argument("--work", type=Path, help="default: build/experiment/seed-SEED")
-    parser.add_argument("--report", type=Path, help="default: deploy/demo/report/seed-SEED")
-    parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="these steps, even if done")
-    parser.add_argument("--list", action="store_true", help="print the steps")
-    options = parser.parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    run_module("python -m deploy.demo.experiment", __doc__, ExperimentOptions, run, arguments)
+
+
+def run(options: ExperimentOptions) -> None:
+    """Run the command."""
     experiment = Experiment(options)
     if options.list:
         print("\n".join(step.name for step in experiment.steps()))
-        return
-    experiment.run(options.only)
+    else:
+        experiment.run(options.only)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Knows the panel types that the dashboards beside it use, and Grafana's variables
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
@@ -15,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import matplotlib
@@ -25,6 +24,8 @@ matplotlib.use("agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from gate.options import Output, Positional, run_module
 
 Panel = dict[str, Any]
 
@@ -281,16 +282,31 @@ _DRAW: dict[str, Callable[[Axes, Panel, list[tuple[str, Series]]], None]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prometheus", metavar="URL")
-    parser.add_argument("dashboard", type=Path, metavar="JSON")
-    parser.add_argument("picture", type=Path, metavar="PNG")
-    parser.add_argument("--minutes", type=float, default=30.0, help="how far back (default: %(default)g)")
-    parser.add_argument("--end", type=float, default=time.time(), help="up to when, seconds since the epoch (now)")
-    parser.add_argument("--rate-interval", default="1m", help="stands for $__rate_interval (default: %(default)s)")
-    options = parser.parse_args()
-    end = options.end
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenderOptions:
+    """Of this script."""
+
+    prometheus: Annotated[str, Positional("URL")]
+    """A running Prometheus."""
+    dashboard: Annotated[Path, Positional("JSON")]
+    """Grafana's description of the dashboard."""
+    picture: Annotated[Path, Positional("PNG"), Output()]
+    """Written."""
+    minutes: float = 30.0
+    """How far back."""
+    end: float | None = None
+    """Up to when, in seconds since the epoch (default: now)."""
+    rate_interval: str = "1m"
+    """Stands for $__rate_interval."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    run_module("render.py", __doc__, RenderOptions, run, arguments)
+
+
+def run(options: RenderOptions) -> None:
+    """Run the command."""
+    end = time.time() if options.end is None else options.end
     variables = {"instance": ".*", "expert": ".*", "__rate_interval": options.rate_interval}
     view = View(end - 60 * options.minutes, end, max(1.0, options.minutes * 60 / 300), variables)
     dashboard = json.loads(options.dashboard.read_text(encoding="utf-8"))

@@ -4,23 +4,24 @@ The input is replaced by a constant where the gate is used; nothing is trained a
 same ids for every expert; a removed hidden state is zero; removed state is a first token's. E experts, K listed ids.
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from gate import checkpoint
-from gate.errors import one_line
+from gate.errors import GateError
+from gate.options import Output, run_module
 
-INPUTS = ("topk", "hidden", "state")
+Input = Literal["topk", "hidden", "state"]
 
 
 class Without(nn.Module):
-    """The gate `inner` without one of `INPUTS`."""
+    """The gate `inner` without one of its inputs."""
 
-    def __init__(self, inner: Any, removed: str) -> None:
+    def __init__(self, inner: Any, removed: Input) -> None:
         super().__init__()
         self.inner = inner
         self.topk = removed == "topk"
@@ -48,20 +49,29 @@ class Without(nn.Module):
         return coefficients, state
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        "python -m gate.baselines.ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--gate", type=Path, required=True)
-    parser.add_argument("--remove", choices=INPUTS, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    arguments = parser.parse_args()
-    with one_line(parser):
-        gate = checkpoint.load(arguments.gate)
-        has = {*gate.contract.inputs, *(["state"] if gate.contract.state_size else [])}
-        if arguments.remove not in has:
-            parser.error(f"{arguments.gate} does not read {arguments.remove}")
-        checkpoint.save(Without(gate.module, arguments.remove), gate.contract, arguments.output)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AblateOptions:
+    """Of `python -m gate.baselines.ablate`."""
+
+    gate: Path
+    """A checkpoint."""
+    remove: Input
+    """The input that is taken from it."""
+    output: Annotated[Path, Output()]
+    """The checkpoint without it."""
+
+
+def ablate(options: AblateOptions) -> None:
+    """Run the command. Raises GateError."""
+    gate = checkpoint.load(options.gate)
+    has = {*gate.contract.inputs, *(["state"] if gate.contract.state_size else [])}
+    if options.remove not in has:
+        raise GateError(f"{options.gate} does not read {options.remove}")
+    checkpoint.save(Without(gate.module, options.remove), gate.contract, options.output)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    run_module("python -m gate.baselines.ablate", __doc__, AblateOptions, ablate, arguments)
 
 
 if __name__ == "__main__":

@@ -14,24 +14,25 @@ tau_i = expert_i - base is expert i's task vector. Works tensor by tensor (trimm
 those under which the right answers are most probable. Knows nothing of serving: it writes ordinary model directories.
 """
 
-import argparse
 import itertools
 import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from gate.baselines.greedy import Greedy
-from gate.errors import GateError, one_line
+from gate.errors import GateError
+from gate.options import Metavar, Output, run_module, whole
 
 State = dict[str, Tensor]
-METHODS = ("linear", "task-arithmetic", "ties", "dare", "dare-ties")
+Method = Literal["linear", "task-arithmetic", "ties", "dare", "dare-ties"]
+METHODS: tuple[Method, ...] = get_args(Method)
 SCALES = (0.3, 0.5, 0.7, 1.0, 1.3)
 DENSITIES = (0.2, 0.5)
 TOKENIZER_FILES = (
@@ -175,39 +176,50 @@ def save(model: Any, like: Path, folder: Path) -> None:
             shutil.copy(like / name, folder / name)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        "python -m gate.baselines.merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--base", type=Path, help="the model from which the experts were fine-tuned")
-    parser.add_argument("--experts", nargs="+", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--tune", type=Path, metavar="PROMPTS", help="choose scale and density on these prompts")
-    parser.add_argument("--limit", type=int, help="every nth of these prompts, so that there are this many")
-    parser.add_argument("--scale", type=float, default=1.0, help="without --tune")
-    parser.add_argument("--density", type=float, default=0.5, help="without --tune")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, required=True, help="a model directory for each method goes into this")
-    arguments = parser.parse_args()
-    with one_line(parser):
-        _run(arguments)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeOptions:
+    """Of `python -m gate.baselines.merge`."""
+
+    base: Path | None = None
+    """The model from which the experts were fine-tuned (default: none, then only linear)."""
+    experts: Annotated[tuple[Path, ...], Metavar("FOLDER")]
+    """The models to merge."""
+    methods: tuple[Method, ...] = METHODS
+    """A model for each of these."""
+    tune: Annotated[Path | None, Metavar("PROMPTS")] = None
+    """Choose scale and density on these prompts (default: --scale and --density)."""
+    limit: Annotated[int | None, whole(1)] = None
+    """Every nth of these prompts, so that there are this many (default: all)."""
+    scale: float = 1.0
+    """Without --tune."""
+    density: float = 0.5
+    """Without --tune."""
+    seed: int = 0
+    """Of what dare drops."""
+    output: Annotated[Path, Output(folder=True)]
+    """A model directory for each method goes into this."""
 
 
-def _run(arguments: argparse.Namespace) -> None:
-    experts = {str(folder): load(folder).state_dict() for folder in arguments.experts}
-    base = load(arguments.base).state_dict() if arguments.base else None
+def write_merged(options: MergeOptions) -> None:
+    """Run the command. Raises GateError."""
+    experts = {str(folder): load(folder).state_dict() for folder in options.experts}
+    base = load(options.base).state_dict() if options.base else None
     notes: dict[str, Any] = {"distances from the base": check_models(base, experts)}
-    first = arguments.experts[0]
-    for method in arguments.methods:
+    first = options.experts[0]
+    for method in options.methods:
         model = load(first)
-        recipe = Recipe(method, arguments.scale, arguments.density, arguments.seed)
-        if arguments.tune:
-            greedy = Greedy(model, first, arguments.tune, arguments.limit)
-            recipe, notes[method] = tune(method, base, list(experts.values()), greedy, arguments.seed)
+        recipe = Recipe(method, options.scale, options.density, options.seed)
+        if options.tune:
+            greedy = Greedy(model, first, options.tune, options.limit)
+            recipe, notes[method] = tune(method, base, list(experts.values()), greedy, options.seed)
         model.load_state_dict(merge(recipe, base, list(experts.values())))
-        save(model, first, arguments.output / method)
-        print(f"{recipe} -> {arguments.output / method}", flush=True)
-    (arguments.output / "merge.json").write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
+        save(model, first, options.output / method)
+        print(f"{recipe} -> {options.output / method}", flush=True)
+    (options.output / "merge.json").write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    run_module("python -m gate.baselines.merge", __doc__, MergeOptions, write_merged, arguments)
 
 
 if __name__ == "__main__":

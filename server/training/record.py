@@ -6,7 +6,6 @@ after an interruption. Responses are graded in threads while the engines go on.
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -27,7 +26,9 @@ from gate.training.records import FORMAT_VERSION, Manifest, RecordWriter, Respon
 from server.config import Config
 from server.errors import ConfigError
 from server.launch.check import check
+from server.logs import LogOptions
 from server.policy import Gate, Policy, Single, needs_gate
+from server.training.options import RecordOptions
 from server.training.recorder import (
     fingerprints,
     hidden_sizes,
@@ -89,9 +90,9 @@ class Plan:
         return Task(number, prompts, self.policies[source], self.temperature, seed, given or [])
 
 
-def record(options: argparse.Namespace) -> int:
-    """Run the command with parsed options; the exit code."""
-    config = read_config(options)
+def record(options: RecordOptions, log_options: LogOptions) -> int:
+    """Run the command; the exit code."""
+    config = read_config(options.config, log_options)
     check(msgspec.structs.replace(config, gate=None))
     grader = load_grader(options.grader)
     plan = _plan(config, options)
@@ -133,7 +134,7 @@ def _sizes(config: Config, hidden: bool) -> list[int]:
     return hidden_sizes(config) if hidden else []
 
 
-def _plan(config: Config, options: argparse.Namespace) -> Plan:
+def _plan(config: Config, options: RecordOptions) -> Plan:
     rows = read_prompts(options.prompts, options.limit)
     policies = _policies(config, options)
     given = _given(rows, options)
@@ -150,11 +151,11 @@ def _plan(config: Config, options: argparse.Namespace) -> Plan:
     )
 
 
-def _policies(config: Config, options: argparse.Namespace) -> dict[str, Policy]:
+def _policies(config: Config, options: RecordOptions) -> dict[str, Policy]:
     """What draws responses: name -> policy."""
     offered: dict[str, Policy] = {name: Single(name) for name in config.expert_names}
     offered |= {name: policy for name, policy in config.policies.items() if not needs_gate(policy)}
-    names = list(offered) if options.policies is None else [name for name in options.policies.split(",") if name]
+    names = offered if options.policies is None else options.policies
     if unknown := [name for name in names if name not in offered]:
         raise ConfigError(f"--policies: {unknown[0]!r} is not one of {', '.join(offered)} (a gate comes with --gate)")
     chosen = {name: offered[name] for name in names}
@@ -169,7 +170,7 @@ def _policies(config: Config, options: argparse.Namespace) -> dict[str, Policy]:
     return chosen
 
 
-def _given(rows: list[dict[str, Any]], options: argparse.Namespace) -> list[list[tuple[str, str]]]:
+def _given(rows: list[dict[str, Any]], options: RecordOptions) -> list[list[tuple[str, str]]]:
     """For each row, (source, text) of the responses that are given."""
     given: list[list[tuple[str, str]]] = [[] for _ in rows]
     if options.answers:
@@ -187,7 +188,7 @@ def _given(rows: list[dict[str, Any]], options: argparse.Namespace) -> list[list
     return given
 
 
-def _manifest(config: Config, options: argparse.Namespace, plan: Plan) -> Manifest:
+def _manifest(config: Config, options: RecordOptions, plan: Plan) -> Manifest:
     files = model_files(config)
     return Manifest(
         format_version=FORMAT_VERSION,

@@ -4,7 +4,6 @@ response; and what is written down of the experts and of each response.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +18,9 @@ from gate.contract import CheckpointError, Contract, mismatches, vocabulary_hash
 from gate.evaluation.graders import Grader
 from gate.recording import uniform_gate, wrap
 from gate.training.records import Response
-from server.config import Config, GateConfig, LoggingConfig, load_config
+from server.config import Config, GateConfig, load_config
 from server.launch.local import LocalDeployment
+from server.logs import LogOptions
 from server.text.model_files import ModelFiles, fingerprint, read_model_files
 from server.training.rollout import Rollout, Texts
 
@@ -70,14 +70,12 @@ def load_gate(config: Config, path: Path) -> Inner:
     return loaded.module, loaded.contract
 
 
-def read_config(options: argparse.Namespace) -> Config:
-    """The configuration of a command with a progress bar: its processes log what goes wrong, unless told otherwise.
-
-    Raises ConfigError.
-    """
-    config = load_config(options.config)
-    chosen = LoggingConfig(options.log_format or config.logging.format, options.log_level or "warning")
-    return msgspec.structs.replace(config, logging=chosen)
+def read_config(path: Path, log_options: LogOptions) -> Config:
+    """The configuration at `path`, for a command with a progress bar: its processes log what goes wrong, unless told
+    otherwise. Raises ConfigError."""
+    config = load_config(path)
+    quiet = msgspec.structs.replace(config.logging, level="warning")
+    return msgspec.structs.replace(config, logging=log_options.over(quiet))
 
 
 def hidden_sizes(config: Config) -> list[int]:

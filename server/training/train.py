@@ -6,10 +6,10 @@ Arguments, files and the deployment; the learning itself is in `gate`.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,26 +28,28 @@ from gate.training.refine import Refinement, refine
 from server.config import Config
 from server.errors import ConfigError
 from server.launch.check import check
+from server.logs import LogOptions
 from server.training.log import TrainingLog
+from server.training.options import RefineOptions, TrainOptions
 from server.training.recorder import fingerprints, hidden_sizes, read_config, vocabulary_of
 from server.training.refine import deployed_policy
 from server.training.rollout import Texts
 
 _VALIDATION_PROMPTS = 200
 """At most so many held-out prompts are answered to validate a refinement."""
-_NOT_SETTINGS = ("run", "log_level", "log_format", "output", "device")
+_NOT_SETTINGS = ("output", "device")
 
 Input = Literal["topk", "hidden"]
 
 
-def train(options: argparse.Namespace) -> int:
-    """Run the command with parsed options; the exit code."""
+def train(options: TrainOptions, log_options: LogOptions) -> int:
+    """Run the command; the exit code."""
     began = time.perf_counter()
     # Small tensors: threads beyond the cores that are free would wait for each other.
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
-    config = read_config(options)
+    config = read_config(options.config, log_options)
     check(msgspec.structs.replace(config, gate=None))
-    samples = _samples(config, options)
+    samples = _samples(config, options.refine)
     inputs = _inputs(options.inputs)
     manifest, records = _load(config, options.records, hidden="hidden" in inputs)
     contract = _contract(config, options, inputs, manifest)
@@ -64,7 +66,7 @@ def train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _fit(options: argparse.Namespace, model: GateModel, contract: Contract, records: Records, log: TrainingLog) -> None:
+def _fit(options: TrainOptions, model: GateModel, contract: Contract, records: Records, log: TrainingLog) -> None:
     """The first phase, unless it is done."""
     if log.progress.phase != "broadcast":
         model.load_state_dict(log.progress.start)
@@ -85,7 +87,7 @@ def _fit(options: argparse.Namespace, model: GateModel, contract: Contract, reco
 
 def _refine(
     config: Config,
-    options: argparse.Namespace,
+    options: TrainOptions,
     model: GateModel,
     contract: Contract,
     samples: tuple[list[dict[str, Any]], Grader],
@@ -101,22 +103,22 @@ def _refine(
     if not training:
         raise TrainingError("--validation: no prompt is left to refine on")
     settings = Refinement(
-        steps=options.refine_steps,
-        prompts=options.refine_prompts,
-        group=options.group,
-        learning_rate=options.refine_rate,
-        divergence_weight=options.kl,
-        temperature=options.temperature,
+        steps=options.refine.refine_steps,
+        prompts=options.refine.refine_prompts,
+        group=options.refine.group,
+        learning_rate=options.refine.refine_rate,
+        divergence_weight=options.refine.kl,
+        temperature=options.refine.temperature,
     )
     with (
-        deployed_policy(config, model, contract, rows, grader, max_tokens=options.max_tokens) as policy,
+        deployed_policy(config, model, contract, rows, grader, max_tokens=options.refine.max_tokens) as policy,
         log.bar("own samples", settings.steps) as report,
     ):
         parts = (training, held[:_VALIDATION_PROMPTS])
         refine(model, contract, policy, parts, settings, log.progress, seed=options.seed, report=report)
 
 
-def _samples(config: Config, options: argparse.Namespace) -> tuple[list[dict[str, Any]], Grader] | None:
+def _samples(config: Config, options: RefineOptions) -> tuple[list[dict[str, Any]], Grader] | None:
     """What a refinement draws for: prompts and their grader; None without one."""
     if not options.refine_steps:
         if options.prompts is not None or options.grader is not None:
@@ -158,7 +160,7 @@ def _inputs(text: str) -> list[Input]:
     return inputs
 
 
-def _contract(config: Config, options: argparse.Namespace, inputs: list[Input], manifest: Manifest) -> Contract:
+def _contract(config: Config, options: TrainOptions, inputs: list[Input], manifest: Manifest) -> Contract:
     hidden = "hidden" in inputs
     return Contract(
         format_version=FORMAT_VERSION,
@@ -182,12 +184,14 @@ def _device(name: str | None) -> torch.device:
         raise ConfigError(f"--device {chosen}: {str(error).splitlines()[0]}") from None
 
 
-def _settings(options: argparse.Namespace, responses: int) -> dict[str, Any]:
+def _settings(options: TrainOptions, responses: int) -> dict[str, Any]:
     """All that decides what is trained, for telling whether an interrupted training is this one."""
-    given = {key: value for key, value in vars(options).items() if key not in _NOT_SETTINGS}
+    values = asdict(options)
+    values |= values.pop("refine")
+    given = {key: value for key, value in values.items() if key not in _NOT_SETTINGS}
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
-    if options.prompts is not None:
-        settings["prompts"] = sha256_file(options.prompts)  # their text counts, not where it is
+    if options.refine.prompts is not None:
+        settings["prompts"] = sha256_file(options.refine.prompts)  # their text counts, not where it is
     recorded = {"recorded": sha256_file(options.records / MANIFEST), "recorded_responses": responses}
     return settings | recorded
 

@@ -9,13 +9,11 @@ all clients have read theirs, so a token is a chunk of its own.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
 import multiprocessing
 import os
-import platform
 import socket
 import statistics
 import tempfile
@@ -24,14 +22,15 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 
+from gate.options import Output, run_module, whole
 from server.api import process
 from server.config import Config
 from server.request import FinishReason
-from server.tools.bench import cpu_times, processor, steal, versions
+from server.tools.provenance import cpu_times, processor, steal, versions
 from server.wire.api import Abort, Choice, Ended, FromApi, Progress, Status, Submit, ToApi
 from server.wire.async_channel import AsyncChannel
 from server.wire.base import Stop
@@ -326,7 +325,21 @@ def bodies() -> dict[str, tuple[str, bytes]]:
     return {name: (path, json.dumps(body).encode()) for name, (path, body) in made.items()}
 
 
-async def measure(options: argparse.Namespace) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiBenchOptions:
+    """Of `python -m tests.bench.api`."""
+
+    streams: Annotated[int, whole(1)] = 64
+    """Streams at the same time."""
+    tokens: Annotated[int, whole(1)] = 256
+    """Tokens of each stream."""
+    rounds: Annotated[int, whole(1)] = 5
+    """Of everything."""
+    json: Annotated[Path | None, Output()] = None
+    """Write the measurements here (default: nowhere)."""
+
+
+async def measure(options: ApiBenchOptions) -> dict[str, Any]:
     before = cpu_times()
     async with bench() as made:
         await made.streams(options.streams, 16)  # warms up
@@ -346,7 +359,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
         "command": f"python -m tests.bench.api --streams {options.streams} --tokens {options.tokens}"
         f" --rounds {options.rounds}",
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": {**versions(), "python": platform.python_version()},
+        "versions": versions(),
         "machine": {"processor": processor(), "cores": os.cpu_count()},
         "steal": steal(before, cpu_times()),
         "streams": [_row(one) for one in rounds],
@@ -374,15 +387,14 @@ def _row(one: Streams) -> dict[str, Any]:
     return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--streams", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write the measurements here")
-    options = parser.parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    run_module("python -m tests.bench.api", __doc__, ApiBenchOptions, run, arguments)
+
+
+def run(options: ApiBenchOptions) -> None:
+    """Run the command."""
     document = asyncio.run(measure(options))
-    if options.json:
+    if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 

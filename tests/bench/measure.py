@@ -8,13 +8,13 @@ import os
 import statistics
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
 from server.config import parse_config
 from server.launch.local import LocalDeployment
 from server.policy import Policy, Product, Uniform
+from server.tools.provenance import cpu_times, steal
 from tests.support import demo
 from tests.support.oracle import truncated
 from tests.support.oracle.reference import Reference
@@ -100,7 +100,7 @@ def measure_speeds(tail: LocalDeployment, exact: LocalDeployment, k: int, rounds
     measured = []
     for sequences in SEQUENCES:
         times: list[tuple[float, float]] = []
-        before = _cpu_times()
+        before = cpu_times()
         for number in range(rounds + 1):
             pair = (step_time(tail, sequences), step_time(exact, sequences))
             times += [pair] if number else []  # the first warms up
@@ -111,7 +111,7 @@ def measure_speeds(tail: LocalDeployment, exact: LocalDeployment, k: int, rounds
                 statistics.median(first for first, _ in times),
                 statistics.median(second for _, second in times),
                 statistics.median(second / first for first, second in times),
-                _steal(before, _cpu_times()),
+                steal(before, cpu_times()),
             )
         )
     return measured
@@ -167,12 +167,3 @@ def markdown(distances: list[Distance], speeds: list[Speed], about: dict[str, in
         for one in speeds
     ]
     return "\n".join(lines) + "\n\nMade by `python -m tests.bench.truncation`.\n"
-
-
-def _cpu_times() -> list[int]:
-    return [int(value) for value in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
-
-
-def _steal(before: list[int], after: list[int]) -> float:
-    spent = [later - sooner for sooner, later in zip(before, after, strict=True)]
-    return spent[7] / max(1, sum(spent[:8]))

@@ -6,25 +6,39 @@ makes `build/bench/{a,b}` and `build/bench/bench.yaml`. They answer nonsense; on
 is the demo's.
 """
 
-import argparse
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from gate.options import Positional, run_module, whole
 from tests.support.paths import DEMO
 
 MODEL = DEMO / "experts" / "math"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    options = parser.parse_args()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RandomModelOptions:
+    """Of this script."""
+
+    folder: Annotated[Path, Positional("FOLDER")]
+    """The models and a configuration go into this."""
+    hidden: Annotated[int, whole(32)] = 512
+    """Hidden size, a multiple of 32."""
+    layers: Annotated[int, whole(1)] = 8
+    """Number of layers."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    run_module("python -m tests.bench.random_model", __doc__, RandomModelOptions, run, arguments)
+
+
+def run(options: RandomModelOptions) -> None:
+    """Run the command."""
     for seed, name in enumerate("ab"):
         parameters = write(options.folder / name, options.hidden, options.layers, seed)
         print(f"{options.folder / name}: {parameters / 1e6:.1f} million parameters")

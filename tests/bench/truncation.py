@@ -8,14 +8,28 @@ a Markdown table to docs/benchmarks/.
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from typing import Annotated
+
+from gate.options import run_module, whole
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=100, help="how many of the held-out prompts")
-    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds of each timing")
-    options = parser.parse_args()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TruncationOptions:
+    """Of `python -m tests.bench.truncation`."""
+
+    prompts: Annotated[int, whole(1)] = 100
+    """How many of the held-out prompts."""
+    rounds: Annotated[int, whole(1)] = 9
+    """Interleaved rounds of each timing."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    run_module("python -m tests.bench.truncation", __doc__, TruncationOptions, run, arguments)
+
+
+def run(options: TruncationOptions) -> None:
+    """Run the command."""
     # Here, because the engines' processes import this module again, before they settle on cores and import torch.
     from tests.bench.measure import measure
 

@@ -1,9 +1,8 @@
 """The experiment script: its steps name each other's files, and its tables come out of made-up answers."""
 
-import argparse
 import json
 
-from deploy.demo.experiment import FULL, Experiment
+from deploy.demo.experiment import FULL, Experiment, ExperimentOptions
 from gate.evaluation.evaluate import Answers, Results, save_results
 
 DOMAINS = ["math", "mixed"] * 5
@@ -11,7 +10,7 @@ DOMAINS = ["math", "mixed"] * 5
 
 def experiment(tmp_path):
     places = {"work": tmp_path / "work", "report": tmp_path / "report", "experts": tmp_path / "experts"}
-    options = argparse.Namespace(seed=7, base=tmp_path / "base", test=5, **places)
+    options = ExperimentOptions(seed=7, base=tmp_path / "base", test=5, **places)
     return Experiment(options)
 
 

@@ -39,7 +39,7 @@ def test_a_port_that_is_none(tmp_path: Path) -> None:
     command = [POLYLOGIT, "serve", tmp_path / "any.yaml", "--port", "99999"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].endswith("argument --port: 99999 is no port from 0 to 65535")
+    assert done.stderr.splitlines()[-1].endswith("argument --port: 99999 is not a port from 0 to 65535")
 
 
 def test_a_directory_too_deep_for_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ sometimes replaced by unscored text, so a specialist continues well after text t
 written. Knows nothing of the gate or of vLLM.
 """
 
-import argparse
 import json
 import math
 import random
@@ -16,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from deploy.demo.train import tasks, tokenizer
 from deploy.demo.train.tasks import Example, Part
+from gate.options import Metavar, run_module, whole
 
 DEMO = Path("deploy/demo")
 NOISE_PROBABILITY = 0.35
@@ -225,25 +226,39 @@ def record_time(path: Path, name: str, seconds: float) -> None:
     path.write_text(json.dumps({**times, name: round(seconds, 1)}, indent=2) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch-size", type=int, default=48)
-    parser.add_argument("--only", nargs="*", help="stages to run, in order; default all")
-    parser.add_argument("--seed", type=int, default=0, help="another one gives other weights and other data")
-    parser.add_argument("--work", type=Path, default=DEMO, help="the base model goes to WORK/base")
-    parser.add_argument("--output", type=Path, default=DEMO, help="experts go to OUTPUT/experts, times to OUTPUT/train")
-    arguments = parser.parse_args()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsOptions:
+    """Of `python -m deploy.demo.train.experts`."""
+
+    batch_size: Annotated[int, whole(1)] = 48
+    """Examples a step."""
+    only: Annotated[tuple[str, ...], Metavar("STAGE")] = ()
+    """Stages to run, in order (default: all)."""
+    seed: int = 0
+    """Another one gives other weights and other data."""
+    work: Path = DEMO
+    """The base model goes to WORK/base."""
+    output: Path = DEMO
+    """Experts go to OUTPUT/experts, times to OUTPUT/train."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    run_module("python -m deploy.demo.train.experts", __doc__, ExpertsOptions, run, arguments)
+
+
+def run(options: ExpertsOptions) -> None:
+    """Run the command."""
     for planned in stages():
-        if arguments.only and planned.name not in arguments.only:
+        if options.only and planned.name not in options.only:
             continue
-        stage = replace(planned, seed=planned.seed + 1000 * arguments.seed)
+        stage = replace(planned, seed=planned.seed + 1000 * options.seed)
         torch.manual_seed(stage.seed)
-        start = arguments.work / "base"
+        start = options.work / "base"
         base = stage.name == "base"
         model = new_model() if base else LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
-        folder = start if base else arguments.output / "experts" / stage.name
-        seconds = train(model, stage, arguments.batch_size, folder)
-        record_time(arguments.output / "train" / "times.json", f"expert {stage.name}", seconds)
+        folder = start if base else options.output / "experts" / stage.name
+        seconds = train(model, stage, options.batch_size, folder)
+        record_time(options.output / "train" / "times.json", f"expert {stage.name}", seconds)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,16 @@ training. Those called `fresh` ask for facts in phrasings that no expert was tra
 `--seed` draws other prompts; the two sides are the same for every seed.
 """
 
-import argparse
 import functools
 import json
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from deploy.demo.train import tasks
+from gate.options import Output, run_module, whole
 
 FOLDER = Path("deploy/demo/prompts")
 TRAIN_COUNTS = {"math": 500, "text": 600, "chat": 300, "fresh": 200, "mixed": 1600}
@@ -66,26 +68,38 @@ def rows(file: str, counts: dict[str, int], seed: int, taken: set[str]) -> list[
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="another one draws other prompts")
-    parser.add_argument("--output", type=Path, default=FOLDER)
-    parser.add_argument("--test", type=int, default=TEST_COUNT, help="test prompts a domain, where there are as many")
-    arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptsOptions:
+    """Of `python -m deploy.demo.train.prompts`."""
+
+    seed: int = 0
+    """Another one makes other prompts."""
+    output: Annotated[Path, Output(folder=True)] = FOLDER
+    """The files go into this."""
+    test: Annotated[int, whole(0)] = TEST_COUNT
+    """Test prompts a domain, where there are as many."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    run_module("python -m deploy.demo.train.prompts", __doc__, PromptsOptions, run, arguments)
+
+
+def run(options: PromptsOptions) -> None:
+    """Run the command."""
+    options.output.mkdir(parents=True, exist_ok=True)
     files = (
         ("train", TRAIN_COUNTS, 11),
         ("validation", VALIDATION_COUNTS, 13),
-        ("test", dict.fromkeys(tasks.DOMAINS, arguments.test), 12),
+        ("test", dict.fromkeys(tasks.DOMAINS, options.test), 12),
     )
     taken: set[str] = set()
     for name, counts, base in files:
-        seed = base + 1000 * arguments.seed
+        seed = base + 1000 * options.seed
         found = rows(name, counts, seed, taken)
         if name != "test":
             random.Random(seed).shuffle(found)
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in found)
-        (arguments.output / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        (options.output / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         print(f"{name}: {len(found)} prompts")
 
 

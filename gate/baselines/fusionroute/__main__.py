@@ -4,10 +4,12 @@ Supervised fine-tuning needs a reference answer to every training prompt; that i
 gate needs only to be told which responses were right.
 """
 
-import argparse
 import random
 import time
+from argparse import ArgumentTypeError
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from transformers import AutoTokenizer
@@ -16,61 +18,75 @@ from gate.baselines.fusionroute.data import Encoder, preferences, references
 from gate.baselines.fusionroute.export import export
 from gate.baselines.fusionroute.train import RouterModel, Settings, fit_preferences, fit_references
 from gate.baselines.merge import load, save
-from gate.errors import one_line
+from gate.options import Each, Metavar, Output, run_module, whole
 
 VALIDATION = 400
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        "python -m gate.baselines.fusionroute",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--experts", nargs="+", required=True, metavar="NAME=FOLDER", help="in the deployment's order")
-    parser.add_argument("--start", type=Path, required=True, help="the model from which the router is trained")
-    parser.add_argument("--name", default="router", help="the router's name, after the experts in the deployment")
-    parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with messages and answer")
-    parser.add_argument("--validation", type=Path, required=True, help="the same, for choosing the epoch")
-    parser.add_argument("--preferences", type=Path, help="answers to --prompts, written by polylogit evaluate")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=1000, help="preferences to learn from (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="only the first of --prompts, answered or preferred")
-    parser.add_argument("--top-k", type=int, default=32, help="of the deployment")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--output", type=Path, required=True, help="model directory of the router; its gate is gate.pt there"
-    )
-    arguments = parser.parse_args()
-    pairs = [argument.partition("=") for argument in arguments.experts]
-    if not all(name and folder for name, _, folder in pairs):
-        parser.error("experts are given as NAME=FOLDER")
-    with one_line(parser):
-        _run(arguments, {name: Path(folder) for name, _, folder in pairs})
+def expert(text: str) -> tuple[str, Path]:
+    """Parses NAME=FOLDER."""
+    name, _, folder = text.partition("=")
+    if not name or not folder:
+        raise ArgumentTypeError("experts are given as NAME=FOLDER")
+    return name, Path(folder)
 
 
-def _run(arguments: argparse.Namespace, folders: dict[str, Path]) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusionRouteOptions:
+    """Of `python -m gate.baselines.fusionroute`."""
+
+    experts: Annotated[tuple[tuple[str, Path], ...], Each(expert), Metavar("NAME=FOLDER")]
+    """In the deployment's order."""
+    start: Path
+    """The model from which the router is trained."""
+    name: str = "router"
+    """The router's name, after the experts in the deployment."""
+    prompts: Path
+    """JSON lines with messages and answer."""
+    validation: Path
+    """The same, for choosing the epoch."""
+    preferences: Path | None = None
+    """Answers to --prompts, written by polylogit evaluate (default: none, then no preference phase)."""
+    epochs: Annotated[int, whole(1)] = 2
+    """Of the reference phase."""
+    pairs: Annotated[int, whole(0)] = 1000
+    """Preferences to learn from."""
+    limit: Annotated[int | None, whole(1)] = None
+    """Only the first of --prompts, answered or preferred (default: all)."""
+    top_k: Annotated[int, whole(1)] = 32
+    """Of the deployment."""
+    seed: int = 0
+    """Of all that is random."""
+    output: Annotated[Path, Output(folder=True)]
+    """Model directory of the router; its gate is gate.pt there."""
+
+
+def fusionroute(options: FusionRouteOptions) -> None:
+    """Run the command. Raises GateError."""
     began = time.perf_counter()
-    torch.manual_seed(arguments.seed)
-    validation = references(arguments.validation, VALIDATION)
-    training = references(arguments.prompts, arguments.limit)
-    rng = random.Random(arguments.seed)
-    graded = (
-        preferences(arguments.prompts, arguments.preferences, rng, arguments.limit) if arguments.preferences else []
-    )
-    model, experts = load(arguments.start), [load(folder) for folder in folders.values()]
-    tokenizer = AutoTokenizer.from_pretrained(arguments.start, local_files_only=True)
+    torch.manual_seed(options.seed)
+    names, folders = [name for name, _ in options.experts], [folder for _, folder in options.experts]
+    validation = references(options.validation, VALIDATION)
+    training = references(options.prompts, options.limit)
+    rng = random.Random(options.seed)
+    graded = preferences(options.prompts, options.preferences, rng, options.limit) if options.preferences else []
+    model, experts = load(options.start), [load(folder) for folder in folders]
+    tokenizer = AutoTokenizer.from_pretrained(options.start, local_files_only=True)
     router = RouterModel(model, experts, Encoder(tokenizer), "cuda" if torch.cuda.is_available() else "cpu")
-    settings = Settings(epochs=arguments.epochs)
-    fit_references(router, training, validation, settings, arguments.seed)
+    settings = Settings(epochs=options.epochs)
+    fit_references(router, training, validation, settings, options.seed)
     if graded:
-        graded = rng.sample(graded, min(arguments.pairs, len(graded)))
-        fit_preferences(router, graded, validation, settings, arguments.seed)
-    save(router.model.cpu(), arguments.start, arguments.output)
+        graded = rng.sample(graded, min(options.pairs, len(graded)))
+        fit_preferences(router, graded, validation, settings, options.seed)
+    save(router.model.cpu(), options.start, options.output)
     sizes = [expert.config.hidden_size for expert in (*router.experts, router.model)]
-    file = arguments.output / "gate.pt"
-    export(router.head, list(folders), arguments.name, sizes, arguments.start / "tokenizer.json", arguments.top_k, file)
-    print(f"{time.perf_counter() - began:.0f} s -> {arguments.output}")
+    file = options.output / "gate.pt"
+    export(router.head, names, options.name, sizes, options.start / "tokenizer.json", options.top_k, file)
+    print(f"{time.perf_counter() - began:.0f} s -> {options.output}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    run_module("python -m gate.baselines.fusionroute", __doc__, FusionRouteOptions, fusionroute, arguments)
 
 
 if __name__ == "__main__":

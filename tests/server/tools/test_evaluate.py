@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from gate.evaluation.evaluate import load_results
+from gate.evaluation.explain import ExplainedAnswer, Token
 from server.cli import main
-from server.launch import served as serving
+from server.tools import explain, target
 from tests.support import demo
 from tests.support.endpoint import cards, endpoint
 
@@ -24,7 +25,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """With a configuration, its two experts and gates; what is served of it is an endpoint that always says "!"."""
     models = {name: shutil.copytree(demo.model(name), tmp_path / name) for name in ("math", "text")}
     data = demo.configuration(experts=[*models], only={name: {"model": str(path)} for name, path in models.items()})
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**data, "gate": {"file": "gate.pt"}}))
+    gated = {"gate": {"file": "gate.pt"}, "policies": {"gate": {}}, "default_policy": "gate"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**data, **gated}))
     for name in ("gate.pt", "other.pt"):
         (tmp_path / name).write_text(name)
     (tmp_path / "prompts.jsonl").write_text(PROMPTS)
@@ -34,7 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         with endpoint(cards("demo", "demo:gate", "demo:math"), lambda body: "!") as url:
             yield url
 
-    monkeypatch.setattr(serving, "served", served)
+    monkeypatch.setattr(target, "served", served)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -104,6 +106,61 @@ def test_numbers_out_of_range(capsys: pytest.CaptureFixture[str], arguments: lis
     with pytest.raises(SystemExit):
         main(arguments)
     assert f"{arguments[1]}: must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["evaluate", "--prompts", "prompts.jsonl", "--output", "r.json", "--models", "demo:nobody=a"], "--models"),
+        (["explain", "--prompt", "?", "--model", "demo:nobody"], "--model"),
+    ],
+)
+def test_a_model_that_the_configuration_does_not_offer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str], words: str
+) -> None:
+    """Known before anything is served."""
+    monkeypatch.setattr(target, "served", None)
+    assert main([command[0], "config.yaml", *command[1:]]) == 1
+    offered = "(there are demo, demo:gate, demo:math, demo:text)"
+    error = capsys.readouterr().err
+    assert error == f"polylogit: error: {words}: no model is named 'demo:nobody' {offered}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (["evaluate", "config.yaml", "--prompts", "prompts.jsonl"], "--output"),
+        (["explain", "config.yaml", "--prompt", "?"], "--html"),
+        (["explain", "config.yaml", "--prompt", "?"], "--png"),
+        (["report", "prompts.jsonl"], "--markdown"),
+        (["report", "prompts.jsonl"], "--plot"),
+        (["bench", "config.yaml"], "--json"),
+        (["record", "config.yaml", "--prompts", "prompts.jsonl", "--grader", "exact"], "--output"),
+        (["train", "config.yaml", "--records", "records"], "--output"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_the_work(
+    folder: Path, capsys: pytest.CaptureFixture[str], command: list[str], option: str
+) -> None:
+    assert main([*command, option, "gate.pt/deeper/file"]) == 1
+    place = "gate.pt/deeper/file cannot be written: "
+    assert capsys.readouterr().err.startswith(f"polylogit: error: {option}: {place}")
+
+
+def test_one_row_has_none_to_be_compared_with(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate("--models", "demo:gate=fused") == 0
+    capsys.readouterr()
+    assert main(["report", "results.json", "--compare", "fused"]) == 1
+    assert capsys.readouterr().err == "polylogit: error: no other row to compare 'fused' with\n"
+
+
+def test_an_explanation_needs_no_picture(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = Token("!", [1.0, 0.0], {"math": 1.0, "text": 0.0})
+    monkeypatch.setattr(explain, "ask", lambda *_: ExplainedAnswer("demo", "?", ["math", "text"], [token]))
+    assert main(["explain", "config.yaml", "--prompt", "?"]) == 0
+    assert capsys.readouterr().out == f"{'!'!r:14} math  1.00  text  0.00  entropy 0.00\n"
 
 
 def test_rows_to_compare_with_and_none_to_compare(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from server.cli import main
 from server.config import parse_config
 from server.errors import ServerAway
 from server.metrics.api import ApiMetrics, render
-from server.tools.top import cli as top
+from server.tools.top import watch as top
 from server.tools.top.frame import frame
 from server.tools.top.scrape import Change, Sample, Scraper
 from tests.support.api.fake import stats
@@ -163,7 +163,7 @@ def test_faults_are_one_line(server, answer, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("POLYLOGIT_API_KEY", raising=False)
     assert "wants an API key" in fault(server, "--once")
     monkeypatch.setenv("POLYLOGIT_API_KEY", KEY)
-    assert "--once" in fault(server)  # the output is no terminal
+    assert "--once" in fault(server)  # the output is not a terminal
     answer[0] = (200, "# HELP other x\n# TYPE other gauge\nother 1\n")
     assert "is not polylogit's" in fault(server, "--once")
     answer[0] = (200, "<html>")

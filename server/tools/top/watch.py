@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import time
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.live import Live
 
 from server.errors import ConfigError, ServerAway
+from server.tools.options import TopOptions
 from server.tools.top.frame import away, frame
 from server.tools.top.scrape import Change, Sample, Scraper
 
@@ -20,8 +20,8 @@ _READINGS = 6
 """Figures are over the span of so many readings."""
 
 
-def top(options: argparse.Namespace) -> int:
-    """Run the command with parsed options; the exit code. Raises ServerAway, ConfigError."""
+def top(options: TopOptions) -> int:
+    """Run the command; the exit code. Raises ServerAway, ConfigError."""
     if options.interval <= 0:
         raise ConfigError("--interval must be more than 0")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -33,7 +33,7 @@ def top(options: argparse.Namespace) -> int:
         elif console.is_terminal:
             _watch(scraper, options.interval, console)
         else:
-            raise ConfigError("the output is no terminal: use --once")
+            raise ConfigError("the output is not a terminal: use --once")
     except KeyboardInterrupt:
         pass
     finally:
