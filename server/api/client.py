@@ -1,5 +1,5 @@
 """The api's end of the conversation with the coordinator: numbers sequences, submits and aborts them, and
-brings every request its own events. Knows token ids, not text; knows no HTTP.
+brings every request its own events. Knows token ids, not text and not HTTP.
 """
 
 from __future__ import annotations
@@ -13,7 +13,18 @@ from typing import Protocol
 
 from server.errors import BadRequest, GenerationFailed, Overloaded, RequestError
 from server.request import FinishReason, SequenceRequest
-from server.wire.api import Abort, Choice, Ended, FromApi, GetStats, Progress, SequenceTiming, Status, Submit, ToApi
+from server.wire.api import (
+    Abort,
+    Ended,
+    FromApi,
+    GetStats,
+    Progress,
+    SequenceTiming,
+    Status,
+    Submit,
+    ToApi,
+    TokenDetails,
+)
 from server.wire.base import Stop
 from server.wire.stats import Stats
 
@@ -23,14 +34,14 @@ _RETRY_SECONDS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Cached:
-    """Comes before the first token: prompt tokens that were found in the prefix cache."""
+class CachedTokens:
+    """Comes before the first token: how many prompt tokens were found in the prefix cache."""
 
-    tokens: int
+    count: int
 
 
 # (place of the sequence in the request, its token or its end, what it asked for beside the token)
-Event = tuple[int, int | Cached | Ended, Choice | None]
+Event = tuple[int, int | CachedTokens | Ended, TokenDetails | None]
 
 
 class Link(Protocol):
@@ -42,11 +53,7 @@ class Link(Protocol):
 
 
 class Generation:
-    """The running sequences of one request. Leaving the `with` block aborts those that have not ended.
-
-    `timings`: place of the sequence in the request -> when what happened to it, of those that are timed; `ended_at`:
-    when they ended, on the same clock.
-    """
+    """The running sequences of one request. Leaving the `with` block aborts those that have not ended."""
 
     def __init__(self, client: EngineClient, numbers: Sequence[int]) -> None:
         self._client = client
@@ -56,7 +63,9 @@ class Generation:
         self._nudged = False
         self._error: Exception | None = None
         self.timings: dict[int, SequenceTiming] = {}
+        """Place of the sequence in the request -> when what happened to it, of those that are timed."""
         self.ended_at: dict[int, float] = {}
+        """The same -> when it ended, on the same clock."""
 
     def __enter__(self) -> Generation:
         return self
@@ -89,16 +98,16 @@ class Generation:
         if numbers := [self._live.pop(place) for place in places if place in self._live]:
             self._client.abort(numbers)
 
-    def put(self, place: int, token: int, choice: Choice | None) -> None:
+    def put(self, place: int, token: int, details: TokenDetails | None) -> None:
         if len(self._events) >= _MAX_WAITING:
             self.fail(GenerationFailed("the client reads too slowly"))
             return
-        self._events.append((place, token, choice))
+        self._events.append((place, token, details))
         self._wake()
 
     def note_cached(self, place: int, tokens: int) -> None:
         """No reader is woken: the first token follows."""
-        self._events.append((place, Cached(tokens), None))
+        self._events.append((place, CachedTokens(tokens), None))
 
     def end(self, place: int, ended: Ended) -> None:
         del self._live[place]

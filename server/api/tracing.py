@@ -17,8 +17,8 @@ from starlette.types import Scope
 
 from server import __version__
 from server.api.client import Generation
-from server.api.http.account import Account
 from server.api.protocol import GenerationRequest
+from server.api.summary import RequestSummary
 from server.config import Config
 from server.errors import StartError
 from server.request import SequenceRequest
@@ -152,31 +152,31 @@ class RequestTrace:
         )
         span.end(moments[1])
 
-    def end(self, request_id: str, status: int, route: str, account: Account, *, gone: bool) -> None:
+    def end(self, request_id: str, status: int, route: str, summary: RequestSummary, *, gone: bool) -> None:
         """Close the span with what is known at the end."""
         from opentelemetry.trace import StatusCode
 
-        usage = account.usage
-        model = account.model
+        usage = summary.usage
+        model = summary.model
         self._span.update_name(f"{self._operation} {model}" if model else self._operation)
         attributes = {
             "gen_ai.operation.name": self._operation,
             "gen_ai.provider.name": "polylogit",
             "gen_ai.response.model": model,
-            "gen_ai.response.finish_reasons": account.finish_reasons or None,
+            "gen_ai.response.finish_reasons": summary.finish_reasons or None,
             "gen_ai.usage.input_tokens": usage and usage.prompt_tokens,
             "gen_ai.usage.output_tokens": usage and usage.completion_tokens,
             "gen_ai.usage.cache_read.input_tokens": usage and usage.cached_tokens,
             "http.request.method": "POST",
             "http.route": route,
             "http.response.status_code": status or None,
-            "error.type": "client_gone" if gone else account.error_type or (str(status) if status >= 400 else None),
+            "error.type": "client_gone" if gone else summary.error_type or (str(status) if status >= 400 else None),
             "polylogit.request_id": request_id,
-            **(_asked(account.request) if account.request else {}),
+            **(_asked(summary.request) if summary.request else {}),
         }
         self._span.set_attributes({name: value for name, value in attributes.items() if value is not None})
-        if account.failed or status >= 500:
-            self._span.set_status(StatusCode.ERROR, account.error)
+        if summary.failed or status >= 500:
+            self._span.set_status(StatusCode.ERROR, summary.error)
         self._span.end()
 
 

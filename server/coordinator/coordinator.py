@@ -26,7 +26,7 @@ from server.coordinator.table import ExpertRows, SequenceTable
 from server.coordinator.timings import Timings
 from server.policy import essential
 from server.request import FinishReason, SequenceRequest
-from server.wire.api import Choice, Ended, Progress, Recorded, ToApi
+from server.wire.api import Ended, Progress, Recorded, ToApi, TokenDetails
 from server.wire.expert import Add, Refused, Report, Scored
 
 _GOES_ON, _STOPPED, _TOO_LONG, _BROKEN = range(4)
@@ -422,14 +422,14 @@ class Coordinator:
         self._table.release(slot)
 
 
-def _choice(drawn: Drawn, row: int, count: int) -> Choice:
+def _choice(drawn: Drawn, row: int, count: int) -> TokenDetails:
     """The chosen token's log-probability and rank, the `count` best alternatives, and the coefficients."""
     logprobs, ids = drawn.fused.logprobs[row], drawn.fused.ids[row]
     chosen = logprobs[drawn.columns[row]]
     best = np.argsort(-logprobs, kind="stable")[:count]
     top = [(int(ids[column]), float(logprobs[column])) for column in best if np.isfinite(logprobs[column])]
     rank = 1 + int((logprobs > chosen).sum())
-    return Choice(float(chosen), rank, top, drawn.fused.coefficients[row].tolist())
+    return TokenDetails(float(chosen), rank, top, drawn.fused.coefficients[row].tolist())
 
 
 @compiled

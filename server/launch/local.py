@@ -22,7 +22,6 @@ from server.wire.api import (
     API_SOCKET,
     Abort,
     BareTimes,
-    Choice,
     Ended,
     FromApi,
     GateLoaded,
@@ -32,6 +31,7 @@ from server.wire.api import (
     RunBare,
     Submit,
     ToApi,
+    TokenDetails,
 )
 from server.wire.base import Message, Stop
 from server.wire.channel import Channel, endpoint
@@ -51,7 +51,7 @@ class Generated:
 
     tokens: list[int] = field(default_factory=list)
     """T token ids, one a tick."""
-    choices: list[Choice] = field(default_factory=list)
+    choices: list[TokenDetails] = field(default_factory=list)
     """What the sequence asked for beside each token; T, or none."""
     arrivals: list[float] = field(default_factory=list)
     """When each token came, T seconds on the clock of `time.perf_counter`."""

@@ -46,7 +46,7 @@ class RunBare(Message, frozen=True, tag="RunBare"):
     bare: Bare
 
 
-class Choice(Message, frozen=True, tag="Choice"):
+class TokenDetails(Message, frozen=True, tag="TokenDetails"):
     """What a request for log-probabilities or expert weights gets beside one token.
 
     `logprob` is the chosen token's, natural log, of the fused distribution before penalties and temperature, `rank` its
@@ -79,7 +79,7 @@ class Progress(Message, frozen=True, tag="Progress"):
 
     sequences: list[int]
     tokens: list[int]
-    choices: dict[int, Choice] = msgspec.field(default_factory=dict)
+    choices: dict[int, TokenDetails] = msgspec.field(default_factory=dict)
     cached_tokens: dict[int, int] = msgspec.field(default_factory=dict)
     timings: dict[int, SequenceTiming] = msgspec.field(default_factory=dict)
 

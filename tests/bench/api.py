@@ -31,7 +31,7 @@ from server.api import process
 from server.config import Config
 from server.request import FinishReason
 from server.tools.provenance import cpu_times, processor, steal, versions
-from server.wire.api import Abort, Choice, Ended, FromApi, Progress, Status, Submit, ToApi
+from server.wire.api import Abort, Ended, FromApi, Progress, Status, Submit, ToApi, TokenDetails
 from server.wire.async_channel import AsyncChannel
 from server.wire.base import Stop
 from tests.support.api.deployment import deployment
@@ -41,7 +41,7 @@ CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 _BEAT_SECONDS = 0.001
 _TICK_SECONDS = 0.002
-_CHOICE = Choice(-0.5, 1, [(ord("a") - rank, -0.5 - rank) for rank in range(20)], [0.75, 0.25])
+_CHOICE = TokenDetails(-0.5, 1, [(ord("a") - rank, -0.5 - rank) for rank in range(20)], [0.75, 0.25])
 _USER = {"role": "user", "content": "x"}
 
 

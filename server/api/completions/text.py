@@ -1,38 +1,36 @@
-"""POST /v1/completions: from prompts, as text or token ids, to a `Job`, and the shape of its answers."""
+"""POST /v1/completions: from prompts, as text or token ids, to a `Job`, and how its response is written."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from server.api.completions.answers import Answer, Piece, PromptScores
-from server.api.completions.fusion import chosen_ensemble
-from server.api.completions.reply import Job
-from server.api.completions.sequences import Prompt
-from server.api.completions.shapes import Common, Part, Usage, encode, finite
+from server.api.completions.choices import ChoiceDelta, ChoiceStream, PromptScores
+from server.api.completions.encoder import ResponseEncoder
+from server.api.completions.encoding import Encoded, encode, finite
+from server.api.completions.ensemble import chosen_ensemble
+from server.api.completions.job import Job, check_number, make_job
+from server.api.completions.sequences import Prompt, SequenceFactory
 from server.api.protocol import CompletionRequest
-from server.api.services import Services
+from server.api.summary import Usage
 from server.api.tools.grammar import completion_grammar
-from server.text.deployment import Ensemble
+from server.text.deployment import Deployment, Ensemble
 from server.text.prompts import check_scorable, id_prompts, room, text_prompts
 
 
-async def completion_job(services: Services, request: CompletionRequest, request_id: str) -> Job:
+async def completion_job(
+    deployment: Deployment, next_number: Callable[[], int], request: CompletionRequest, request_id: str
+) -> Job:
     """Everything that can be refused is refused here, before a byte of the answer."""
-    ensemble = chosen_ensemble(services.deployment, request.model, request.fusion)
-    services.check_number(request, len(request.prompt))
-    factory = services.sequences(ensemble, request, await completion_grammar(request))
+    ensemble = chosen_ensemble(deployment, request.model, request.fusion)
+    check_number(request, deployment.config.limits, prompts=len(request.prompt))
+    factory = SequenceFactory(deployment, ensemble, request, next_number, await completion_grammar(request))
     prompts = await _prompts(ensemble, request)
-    shape = CompletionShape(
-        request,
-        ensemble.tokenizer,
-        identity=f"cmpl-{request_id}",
-        model=ensemble.model,
-        experts=services.deployment.config.expert_names,
-    )
-    return services.job(request, ensemble, factory, prompts, shape)
+    experts = deployment.config.expert_names
+    encoder = CompletionEncoder(request, ensemble, identity=f"cmpl-{request_id}", experts=experts)
+    return make_job(request, ensemble, factory, prompts, encoder)
 
 
 async def _prompts(ensemble: Ensemble, request: CompletionRequest) -> list[Prompt]:
@@ -56,48 +54,48 @@ async def _prompts(ensemble: Ensemble, request: CompletionRequest) -> list[Promp
     ]
 
 
-class CompletionShape(Common):
+class CompletionEncoder(ResponseEncoder):
     kind = "text_completion"
     chunk_kind = "text_completion"
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
+    def __init__(self, request: CompletionRequest, ensemble: Ensemble, *, identity: str, experts: list[str]) -> None:
+        super().__init__(request, ensemble, identity=identity, experts=experts)
         self._offsets: defaultdict[int, int] = defaultdict(int)  # choice -> characters of its tokens so far
 
-    def opening(self, answers: Sequence[Answer]) -> bytes:
+    def opening(self, choices: Sequence[ChoiceStream]) -> bytes:
         return b""
 
-    def chunk(self, answer: Answer) -> bytes:
-        piece = answer.take()
-        logprobs = b"null" if self.request.alternatives is None else encode(self.logprobs(answer, piece))
-        text = b'{"index":%d,"text":%b,"logprobs":%b' % (answer.index, encode(piece.text), logprobs)
-        return self.head + text + self.end_of_choice(answer, piece)
+    def chunk(self, choice: ChoiceStream) -> bytes:
+        delta = choice.take()
+        logprobs = b"null" if self.request.alternatives is None else encode(self.logprobs(choice, delta))
+        text = b'{"index":%d,"text":%b,"logprobs":%b' % (choice.index, encode(delta.text), logprobs)
+        return self.head + text + self.end_of_choice(choice, delta)
 
-    def about_prompt(self, answer: Answer) -> dict[str, Any]:
-        return {"prompt_token_ids": answer.prompt} if self.request.return_token_ids else {}
+    def about_prompt(self, choice: ChoiceStream) -> dict[str, Any]:
+        return {"prompt_token_ids": choice.prompt} if self.request.return_token_ids else {}
 
-    def response(self, answers: Sequence[Answer], scores: Sequence[PromptScores], usage: Usage) -> list[Part]:
-        return self.envelope([self._choice(answer, scores) for answer in answers], usage)
+    def response(self, choices: Sequence[ChoiceStream], scores: Sequence[PromptScores], usage: Usage) -> list[Encoded]:
+        return self.envelope([self._choice(choice, scores) for choice in choices], usage)
 
-    def _choice(self, answer: Answer, scores: Sequence[PromptScores]) -> list[Part]:
-        more = self.prompt_logprobs(scores[answer.index // self.request.n]) if scores else []
-        return self.choice(answer, b'"text":' + encode(self.text_of(answer)), *more)
+    def _choice(self, choice: ChoiceStream, scores: Sequence[PromptScores]) -> list[Encoded]:
+        more = self.prompt_logprobs(scores[choice.index // self.request.n]) if scores else []
+        return self.choice(choice, b'"text":' + encode(self.text_of(choice)), *more)
 
-    def logprobs(self, answer: Answer, piece: Piece) -> dict[str, list[Any]]:
-        tokens = [self._text(token) for token in piece.tokens]
-        unknown = [None] * (len(tokens) - len(piece.choices))  # nothing comes before a prompt's first token
+    def logprobs(self, choice: ChoiceStream, delta: ChoiceDelta) -> dict[str, list[Any]]:
+        tokens = [self._text(token) for token in delta.tokens]
+        unknown = [None] * (len(tokens) - len(delta.details))  # nothing comes before a prompt's first token
         logprobs: dict[str, Any] = {
-            "text_offset": [self._offset(answer.index, token) for token in tokens],
-            "token_logprobs": unknown + [finite(choice.logprob) for choice in piece.choices],
+            "text_offset": [self._offset(choice.index, token) for token in tokens],
+            "token_logprobs": unknown + [finite(details.logprob) for details in delta.details],
             "tokens": tokens,
             "top_logprobs": unknown
             + [
-                self._top(token, choice.logprob, choice.top)
-                for token, choice in zip(tokens[len(unknown) :], piece.choices, strict=True)
+                self._top(token, details.logprob, details.top)
+                for token, details in zip(tokens[len(unknown) :], delta.details, strict=True)
             ],
         }
         if self.request.expert_weights:
-            logprobs["expert_weights"] = self.weights(piece)
+            logprobs["expert_weights"] = self.weights(delta)
         return logprobs
 
     def _top(self, token: str, logprob: float, top: list[tuple[int, float]]) -> dict[str, float]:

@@ -12,7 +12,7 @@ import msgspec
 from pydantic import ValidationError
 from starlette.requests import Request
 
-from server.api.http.faults import UnsupportedMedia
+from server.api.http.errors import UnsupportedMedia
 from server.errors import BadRequest
 from server.text.conversation import Body
 from server.text.json_size import too_much

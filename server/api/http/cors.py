@@ -8,7 +8,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from server.api.http.faults import error_object
+from server.api.http.errors import error_object
 from server.errors import BadRequest
 
 

@@ -1,5 +1,4 @@
-"""What every request passes through, as plain ASGI: an id, a log line and a count; a key; a limit on the
-body."""
+"""What every request passes through, as plain ASGI: an id, a log line and a count; a key; a limit on the body."""
 
 from __future__ import annotations
 
@@ -10,16 +9,14 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api import playground
-from server.api.completions.reply import ClientGone, bug
-from server.api.http.account import Account
-from server.api.http.faults import UnsupportedMedia, error_response
+from server.api.http.errors import ClientGone, UnsupportedMedia, error_response, internal_error
+from server.api.summary import RequestSummary
 from server.api.tracing import RequestTrace, Tracing
 from server.errors import BodyTooLarge, GenerationFailed, Unauthorized
 from server.logs import REQUEST_ID, fields
@@ -27,7 +24,6 @@ from server.metrics.api import ApiMetrics
 
 _REQUEST_ID = re.compile(rb"^[A-Za-z0-9._-]{1,128}$")
 _log = logging.getLogger("polylogit.api")
-
 
 _PROBES = ("/health", "/health/live", "/health/ready", "/metrics")
 """Asked every few seconds by machines: their lines are for `debug`."""
@@ -44,38 +40,38 @@ class Observed:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        visit = _Visit(scope, send)
-        REQUEST_ID.set(visit.request_id)
-        trace = visit.trace = scope["state"]["trace"] = self._tracing.start(scope) if self._tracing else None
+        exchange = _Exchange(scope, send)
+        REQUEST_ID.set(exchange.request_id)
+        trace = exchange.trace = scope["state"]["trace"] = self._tracing.start(scope) if self._tracing else None
         self._metrics.in_flight += 1
         try:
-            await self._serve(visit, receive)
+            await self._serve(exchange, receive)
         finally:
             self._metrics.in_flight -= 1
-            self._metrics.request(visit.route, visit.outcome, visit.seconds)
+            self._metrics.request(exchange.route, exchange.outcome, exchange.seconds)
             if trace:
-                trace.end(visit.request_id, visit.status, visit.route, visit.account, gone=visit.gone)
-            level = logging.DEBUG if visit.route in _PROBES else logging.INFO
-            _log.log(level, "request", extra=visit.figures())
+                trace.end(exchange.request_id, exchange.status, exchange.route, exchange.summary, gone=exchange.gone)
+            level = logging.DEBUG if exchange.route in _PROBES else logging.INFO
+            _log.log(level, "request", extra=exchange.figures())
 
-    async def _serve(self, visit: _Visit, receive: Receive) -> None:
+    async def _serve(self, exchange: _Exchange, receive: Receive) -> None:
         try:
-            await self._app(visit.scope, receive, visit.send)
+            await self._app(exchange.scope, receive, exchange.send)
         except (ClientGone, ClientDisconnect):
-            visit.gone = True
+            exchange.gone = True
         except asyncio.CancelledError:  # by the HTTP server, whose time to stop is over; never because a client left
-            visit.account.note_error(GenerationFailed("the server ended before the answer did"))
+            exchange.summary.note_error(GenerationFailed("the server ended before the answer did"))
             raise
         except Exception:
-            fault = bug()
-            visit.account.note_error(fault)
-            if visit.status:
+            fault = internal_error()
+            exchange.summary.note_error(fault)
+            if exchange.status:
                 raise
-            await error_response(fault)(visit.scope, receive, visit.send)
+            await error_response(fault)(exchange.scope, receive, exchange.send)
 
 
-class _Visit:
-    """One request on its way through."""
+class _Exchange:
+    """One request and its response on their way through."""
 
     def __init__(self, scope: Scope, send: Send) -> None:
         self.scope = scope
@@ -85,9 +81,9 @@ class _Visit:
         self._since = time.perf_counter()
         given = _header(scope, b"x-request-id")
         self.request_id = given.decode() if _REQUEST_ID.match(given) else uuid.uuid4().hex
-        self.account = Account()
+        self.summary = RequestSummary()
         self.trace: RequestTrace | None = None
-        scope.setdefault("state", {}).update(request_id=self.request_id, account=self.account)
+        scope.setdefault("state", {}).update(request_id=self.request_id, summary=self.summary)
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -108,7 +104,7 @@ class _Visit:
     def outcome(self) -> str:
         if self.gone:
             return "disconnected"
-        if self.account.failed:  # perhaps after the status was sent
+        if self.summary.failed:  # perhaps after the status was sent
             return "server_error"
         if not self.status:
             return "disconnected"
@@ -116,40 +112,43 @@ class _Visit:
 
     def figures(self) -> dict[str, Any]:
         """The fields of its log line."""
-        account, usage = self.account, self.account.usage
+        summary, usage = self.summary, self.summary.usage
         return fields(
             method=self.scope["method"],
             route=self.route,
             status=self.status or None,
             outcome=self.outcome,
             seconds=round(self.seconds, 4),
-            model=account.model,
+            model=summary.model,
             prompt_tokens=usage and usage.prompt_tokens,
             completion_tokens=usage and usage.completion_tokens,
-            finish_reasons=account.finish_reasons or None,
-            error=account.error,
+            finish_reasons=summary.finish_reasons or None,
+            error=summary.error,
             trace_id=self.trace and self.trace.trace_id,
         )
 
 
 class KeyRequired:
-    """Bearer keys, compared as digests in constant time; /health* and the playground's files need none. The digest goes
-    on as `state.key`."""
+    """Bearer keys, compared as digests in constant time. The digest goes on as `state.key`.
 
-    def __init__(self, app: ASGIApp, digests: Collection[bytes]) -> None:
+    `is_open` says of a path and a method whether they need no key.
+    """
+
+    def __init__(self, app: ASGIApp, digests: Collection[bytes], is_open: Callable[[str, str], bool]) -> None:
         self._app = app
         self._digests = digests
+        self._is_open = is_open
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         key = _digest(_header(scope, b"authorization"))
-        if _is_open(scope) or self._knows(key):
+        if self._is_open(scope["path"], scope["method"]) or self._is_valid(key):
             scope["state"]["key"] = key
             await self._app(scope, receive, send)
             return
-        fault = Unauthorized("a valid key is needed, as 'Authorization: Bearer KEY'", code="invalid_api_key")
+        fault = Unauthorized("a valid API key is required, as 'Authorization: Bearer KEY'", code="invalid_api_key")
         await error_response(fault)(scope, receive, send)
 
-    def _knows(self, digest: bytes) -> bool:
+    def _is_valid(self, digest: bytes) -> bool:
         return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0  # all are compared
 
 
@@ -164,8 +163,7 @@ def key_digests(keys: Iterable[str]) -> frozenset[bytes]:
 
 
 class BodyLimited:
-    """Refuses a body that is too long, by its declared length or as it arrives, and one that is
-    compressed."""
+    """Refuses a body that is too long, by its declared length or as it arrives, and one that is compressed."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
@@ -193,11 +191,6 @@ class BodyLimited:
 
     def _fault(self) -> BodyTooLarge:
         return BodyTooLarge(f"the body is longer than {self._max_bytes} bytes")
-
-
-def _is_open(scope: Scope) -> bool:
-    path: str = scope["path"]
-    return path == "/health" or path.startswith("/health/") or playground.is_open(path, scope["method"])
 
 
 def _header(scope: Scope, name: bytes) -> bytes:

@@ -1,8 +1,8 @@
-"""What /openapi.json says about bodies and errors; the handlers read bodies themselves
-(`server.api.http.body`)."""
+"""What /openapi.json says about bodies and errors; the handlers read bodies themselves (`server.api.http.body`)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -10,13 +10,6 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from server.api.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeChatRequest,
-    TokenizeTextRequest,
-)
 from server.text.conversation import Body
 
 
@@ -41,16 +34,6 @@ _WHY = {
     500: "An expert or the gate was lost on the way.",
     503: "Not ready, draining or the queue is full; see Retry-After.",
 }
-_QUESTION = [{"role": "user", "content": "Hello!"}]
-_CHAT = {"messages": _QUESTION, "max_tokens": 8}
-_TEXT = {"prompt": "Once upon a time", "max_tokens": 8}
-_EXAMPLES: dict[type[Body], dict[str, Any]] = {
-    ChatRequest: {"whole": _CHAT, "stream": {**_CHAT, "stream": True}},
-    CompletionRequest: {"whole": _TEXT, "stream": {**_TEXT, "stream": True}, "scores": {**_TEXT, "prompt_logprobs": 1}},
-    TokenizeTextRequest: {"text": {"prompt": "Hello!"}},
-    TokenizeChatRequest: {"chat": {"messages": _QUESTION}},
-    DetokenizeRequest: {"ids": {"tokens": [65, 66]}},
-}
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {}}, "description": "The answer; as server-sent events with `stream`."}
 }
@@ -60,17 +43,17 @@ READING = (*ANYWHERE, 401, 404)
 POSTING = (*READING, 429, 500, 503)
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Declared error responses: JSON, whatever a route else answers with."""
     content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{ErrorResponse.__name__}"}}}
     return {status: {"content": content, "description": _WHY[status]} for status in sorted(statuses)}
 
 
-def body_of(*models: type[Body]) -> dict[str, Any]:
-    """The declared body of a route whose handler parses it."""
+def body_of(*models: type[Body], examples: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The declared body of a route whose handler parses it. `examples`: name -> body."""
     references = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in models]
     schema = references[0] if len(references) == 1 else {"anyOf": references}
-    shown = {name: {"value": value} for model in models for name, value in _EXAMPLES[model].items()}
+    shown = {name: {"value": value} for name, value in examples.items()}
     content = {"application/json": {"schema": schema, "examples": shown}}
     return {"requestBody": {"required": True, "content": content}}
 

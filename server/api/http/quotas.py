@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.api.http.faults import error_response
+from server.api.http.errors import error_response
 from server.errors import RateLimited
 
 _GENERATING = ("/v1/chat/completions", "/v1/completions")
@@ -55,7 +55,7 @@ class KeyLimited:
     def _refusal(self, use: _Use) -> RateLimited | None:
         """Why `use` may not grow by a request; None if it may, and then the bucket is one lower."""
         if self._max_running is not None and use.running >= self._max_running:
-            return RateLimited(f"this key may have {self._max_running} requests running", retry_after=1)
+            return RateLimited(f"this key may run at most {self._max_running} requests at once", retry_after=1)
         if self._per_minute is None:
             return None
         now = self._clock()
@@ -63,6 +63,6 @@ class KeyLimited:
         use.since = now
         if use.spare < 1:
             wait = math.ceil((1 - use.spare) * 60 / self._per_minute)
-            return RateLimited(f"this key may start {self._per_minute} requests a minute", retry_after=wait)
+            return RateLimited(f"this key may start at most {self._per_minute} requests a minute", retry_after=wait)
         use.spare -= 1
         return None

@@ -13,7 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.api.http.faults import error_object
+from server.api.http.errors import error_object
 from server.errors import BadRequest
 
 _MAX_HEADERS = 100

@@ -2,7 +2,7 @@
 
     <tool_call>{"name": ..., "arguments": {...}}</tool_call>
 
-Text in, content and pieces of calls out; each character is read once. Knows no tokens, requests or HTTP.
+Text in, content and parts of calls out; each character is read once. Does not know tokens, requests or HTTP.
 """
 
 from __future__ import annotations
@@ -24,16 +24,20 @@ _NOTABLE = re.compile(r'["\\{}]')
 
 
 @dataclass(slots=True)
-class CallPiece:
-    """What one call gained. `identity` and `name` come with its first piece only; `arguments` is JSON text."""
+class ToolCallDelta:
+    """What one call gained."""
 
     index: int
+    """Of the call, in its message."""
     identity: str | None = None
+    """Comes once, with the first delta of the call."""
     name: str | None = None
+    """The function's; comes once, with the first delta of the call."""
     arguments: str = ""
+    """JSON text."""
 
     def shown(self) -> dict[str, Any]:
-        """As OpenAI writes a piece of a call in a chunk."""
+        """As OpenAI writes it in a chunk."""
         function: dict[str, Any] = {"arguments": self.arguments}
         if self.name is None:
             return {"index": self.index, "function": function}
@@ -42,19 +46,20 @@ class CallPiece:
 
 
 @dataclass(slots=True)
-class Gained:
-    """What a text gained: `content`, and one piece for each call that grew, in order."""
+class MessageDelta:
+    """What a message gained with a piece of text."""
 
     content: str = ""
-    calls: list[CallPiece] = field(default_factory=list)
+    calls: list[ToolCallDelta] = field(default_factory=list)
+    """One for each call that grew, in order."""
 
-    def joined(self, later: Gained) -> Gained:
+    def joined(self, later: MessageDelta) -> MessageDelta:
         """Both; `later` is what a flush gave, which grows no call that had begun."""
-        return Gained(self.content + later.content, self.calls + later.calls)
+        return MessageDelta(self.content + later.content, self.calls + later.calls)
 
-    def piece(self, index: int) -> CallPiece:
+    def call(self, index: int) -> ToolCallDelta:
         if not self.calls or self.calls[-1].index != index:
-            self.calls.append(CallPiece(index))
+            self.calls.append(ToolCallDelta(index))
         return self.calls[-1]
 
 
@@ -68,7 +73,7 @@ class _Place(Enum):
 class CallStream:
     """Reads one answer. `max_calls`: calls after so many are left out. `count` is how many there have been.
 
-    What stands between the tags and is no call stays content.
+    What stands between the tags and is not a call stays content.
     """
 
     def __init__(self, max_calls: int | None = None) -> None:
@@ -82,17 +87,17 @@ class CallStream:
         self._in_string = False
         self._escaped = False
 
-    def push(self, text: str) -> Gained:
+    def push(self, text: str) -> MessageDelta:
         """What `text` adds."""
-        gained = Gained()
+        gained = MessageDelta()
         self._text += text
         while self._step(gained):
             pass
         return self._limited(gained)
 
-    def flush(self) -> Gained:
+    def flush(self) -> MessageDelta:
         """What was held back, when no more text comes."""
-        gained = Gained()
+        gained = MessageDelta()
         if self._place is _Place.CONTENT:
             self._show(gained, self._text)
         elif self._place is _Place.HEAD:
@@ -100,7 +105,7 @@ class CallStream:
         self._text = ""
         return self._limited(gained)
 
-    def _step(self, gained: Gained) -> bool:
+    def _step(self, gained: MessageDelta) -> bool:
         """Read on in the current place; whether it was left for another."""
         match self._place:
             case _Place.CONTENT:
@@ -112,7 +117,7 @@ class CallStream:
             case _Place.TAIL:
                 return self._read_tail()
 
-    def _read_content(self, gained: Gained) -> bool:
+    def _read_content(self, gained: MessageDelta) -> bool:
         before, tag, after = self._text.partition(OPEN)
         if tag:
             self._show(gained, before)
@@ -122,7 +127,7 @@ class CallStream:
         self._text = self._text[len(self._text) - held :]
         return False
 
-    def _read_head(self, gained: Gained) -> bool:
+    def _read_head(self, gained: MessageDelta) -> bool:
         match = _HEAD.match(self._text) if self._searched < _MAX_HEAD else None
         if match is not None and (name := _decoded(match[1])) is not None:
             self._begin(gained, name)
@@ -135,11 +140,11 @@ class CallStream:
         self._whole(gained, self._text[:end], closed=True)
         return self._go(_Place.CONTENT, self._text[end + len(CLOSE) :])
 
-    def _read_arguments(self, gained: Gained) -> bool:
+    def _read_arguments(self, gained: MessageDelta) -> bool:
         end = self._end_of_object()
         text = self._text if end is None else self._text[:end]
         if text:
-            gained.piece(self.count - 1).arguments += text
+            gained.call(self.count - 1).arguments += text
         if end is None:
             self._text = ""
             return False
@@ -170,25 +175,25 @@ class CallStream:
                     return position
         return None
 
-    def _whole(self, gained: Gained, text: str, *, closed: bool) -> None:
+    def _whole(self, gained: MessageDelta, text: str, *, closed: bool) -> None:
         """A call in another order of keys; or no call at all."""
         call = _decoded(text)
         name = call.get("name") if isinstance(call, dict) else None
         arguments = call.get("arguments", call.get("parameters", {})) if isinstance(call, dict) else None
         if isinstance(name, str) and isinstance(arguments, dict):
             self._begin(gained, name)
-            gained.piece(self.count - 1).arguments = msgspec.json.encode(arguments).decode()
+            gained.call(self.count - 1).arguments = msgspec.json.encode(arguments).decode()
         else:
             self._show(gained, OPEN + text + (CLOSE if closed else ""))
 
-    def _begin(self, gained: Gained, name: str) -> None:
-        piece = gained.piece(self.count)
-        piece.identity, piece.name = f"call_{secrets.token_hex(12)}", name
+    def _begin(self, gained: MessageDelta, name: str) -> None:
+        call = gained.call(self.count)
+        call.identity, call.name = f"call_{secrets.token_hex(12)}", name
         self.count += 1
         self._behind_call = True
 
-    def _show(self, gained: Gained, text: str) -> None:
-        """White space behind a call is no content."""
+    def _show(self, gained: MessageDelta, text: str) -> None:
+        """White space behind a call is not content."""
         if self._behind_call:
             text = text.lstrip()
         if text:
@@ -199,9 +204,9 @@ class CallStream:
         self._place, self._text, self._searched = place, text, 0
         return True
 
-    def _limited(self, gained: Gained) -> Gained:
+    def _limited(self, gained: MessageDelta) -> MessageDelta:
         if self._max_calls is not None:
-            gained.calls = [piece for piece in gained.calls if piece.index < self._max_calls]
+            gained.calls = [call for call in gained.calls if call.index < self._max_calls]
         return gained
 
 

@@ -11,7 +11,6 @@ from server.wire import api, base, expert, stats, supervisor
 from server.wire.api import (
     Abort,
     BareTimes,
-    Choice,
     Ended,
     GateLoaded,
     GetStats,
@@ -21,6 +20,7 @@ from server.wire.api import (
     RunBare,
     Status,
     Submit,
+    TokenDetails,
 )
 from server.wire.base import Message, Stop
 from server.wire.expert import Add, Bare, BareDone, Gather, Gathered, Load, Ready, Refused, Report, Scored, Tick
@@ -55,7 +55,7 @@ SAMPLES = {
         RunBare([0, 2], Bare(4, 5, 6)),
     ],
     api.ToApi: [
-        Progress([4, 5], [0, 9], {4: Choice(-0.5, 1, [(1, -0.5), (2, -1.5)], [0.5, -0.5])}, {5: 16}),
+        Progress([4, 5], [0, 9], {4: TokenDetails(-0.5, 1, [(1, -0.5), (2, -1.5)], [0.5, -0.5])}, {5: 16}),
         Recorded([4, 5], b"\x01" * 16, b"\x02" * 16, b"\x03" * 8),
         Ended(4, FinishReason.STOP, 17),
         GateLoaded("no gate checkpoint at /gates/gate.pt"),
@@ -116,6 +116,6 @@ def test_no_message_is_left_out():
 
 @pytest.mark.parametrize("union", list(SAMPLES), ids=range(len(SAMPLES)))
 def test_a_message_of_another_conversation_is_refused(union):
-    foreign = Choice(0.0, 1, [], [])
+    foreign = TokenDetails(0.0, 1, [], [])
     with pytest.raises(msgspec.ValidationError):
         msgspec.msgpack.decode(msgspec.msgpack.encode(foreign), type=union)

@@ -9,7 +9,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.request import FinishReason, SequenceRequest
-from server.wire.api import Abort, Choice, Ended, FromApi, GetStats, Progress, SequenceTiming, Status, Submit, ToApi
+from server.wire.api import (
+    Abort,
+    Ended,
+    FromApi,
+    GetStats,
+    Progress,
+    SequenceTiming,
+    Status,
+    Submit,
+    ToApi,
+    TokenDetails,
+)
 from server.wire.async_channel import AsyncChannel
 from server.wire.base import Stop
 from server.wire.stats import ExpertStats, FusionStats, Histogram, Stats
@@ -119,10 +130,10 @@ class FakeCoordinator:
         prefilled = [admitted + share * (index + 1) if own else 0.0 for index, own in enumerate(sequence.prompts)]
         return SequenceTiming(came, prefilled, admitted, now)
 
-    def _choice(self, sequence: SequenceRequest, token: int) -> Choice:
+    def _choice(self, sequence: SequenceRequest, token: int) -> TokenDetails:
         """The token has log-probability -0.5, the id before it -1, the one before that -2 and so on."""
         top = [(token, -0.5), *((max(token - rank, 0), -float(rank)) for rank in range(1, 20))]
-        return Choice(-0.5, 1, top[: sequence.top_logprobs or 0], self.script.weigh(token))
+        return TokenDetails(-0.5, 1, top[: sequence.top_logprobs or 0], self.script.weigh(token))
 
 
 def _cut(tokens: list[int], sequence: SequenceRequest) -> list[int]:

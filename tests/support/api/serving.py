@@ -14,7 +14,7 @@ import httpx
 import pytest
 from openai import AsyncOpenAI
 
-from server.api.completions.answers import Answer
+from server.api.completions.choices import ChoiceStream
 from server.api.process import serve
 from server.config import Config
 from tests.support.api.deployment import ids
@@ -79,14 +79,14 @@ async def served(config: Config) -> AsyncIterator[Served]:
 
 def a_bug(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let answers have one token, and the next one raise."""
-    push, (bad,) = Answer.push, ids("b")
+    push, (bad,) = ChoiceStream.push, ids("b")
 
-    def pushed(answer: Answer, token: int, *others: Any) -> bool:
+    def pushed(choice: ChoiceStream, token: int, *others: Any) -> bool:
         if token == bad:
             raise ValueError("a secret of the server")
-        return push(answer, token, *others)
+        return push(choice, token, *others)
 
-    monkeypatch.setattr(Answer, "push", pushed)
+    monkeypatch.setattr(ChoiceStream, "push", pushed)
     server.fake.script = Script(tokens=lambda _: ids("ab" * 100), pause=0.05)
 
 

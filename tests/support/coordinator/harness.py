@@ -22,7 +22,6 @@ from server.placement import expert_socket
 from server.request import SequenceRequest
 from server.wire.api import (
     Abort,
-    Choice,
     Ended,
     FromApi,
     GetStats,
@@ -32,6 +31,7 @@ from server.wire.api import (
     Status,
     Submit,
     ToApi,
+    TokenDetails,
 )
 from server.wire.base import Stop
 from server.wire.channel import Channel, endpoint
@@ -85,7 +85,7 @@ class Deployment:
         self.config: Config = parse_config(data, directory=directory)
         self.engines = engines
         self.tokens: dict[int, list[int]] = defaultdict(list)
-        self.choices: dict[int, list[Choice]] = defaultdict(list)
+        self.choices: dict[int, list[TokenDetails]] = defaultdict(list)
         self.cached: dict[int, int] = {}
         self.timings: dict[int, SequenceTiming] = {}
         self.ended: dict[int, Ended] = {}

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from server.api.tools.calls import CallStream, Gained
+from server.api.tools.calls import CallStream, MessageDelta
 
 ADD = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": {"c": "}<\\\\\\"{"}}}\n</tool_call>'
 Calls = list[tuple[str, str]]
@@ -19,7 +19,7 @@ def read(text: str, cuts: list[int], max_calls: int | None = None) -> tuple[str,
     pieces = [text[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     content, names, arguments = "", {}, {}
     for gained in [*(stream.push(piece) for piece in pieces), stream.flush()]:
-        assert isinstance(gained, Gained)
+        assert isinstance(gained, MessageDelta)
         content += gained.content
         for piece in gained.calls:
             if piece.name is not None:

@@ -53,6 +53,6 @@ def test_refused(pattern: str) -> None:
 
 @pytest.mark.parametrize("pattern", ["(" * 1024, "[" * 1024, "(a" * 512, "\\" * 1023, "a{1}" * 256, "|" * 1024])
 def test_reads_once(pattern: str) -> None:
-    started = time.perf_counter()
+    started = time.thread_time()
     problem(pattern)
-    assert time.perf_counter() - started < 0.1
+    assert time.thread_time() - started < 0.1

@@ -14,10 +14,10 @@ from fastapi import APIRouter, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from server.api.completions.shapes import encode
+from server.api.http.responses import json_response
 from server.config import Config
 
-_FOLDER = Path(__file__).parent / "static"
+_FOLDER = Path(__file__).parent.parent / "static"
 _INDEX = "index.html"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _POLICY = (
@@ -34,16 +34,19 @@ _HEADERS = {
 
 @dataclass(frozen=True, slots=True)
 class StaticFile:
+    """One file of the page, read once."""
+
     body: bytes
     media_type: str
     tag: str
+    """An ETag: it changes with the body."""
 
     @classmethod
     def read(cls, path: Path) -> StaticFile:
         body = path.read_bytes()
         return cls(body, _TYPES[path.suffix], f'"{hashlib.sha256(body).hexdigest()[:32]}"')
 
-    def reply(self, request: Request) -> Response:
+    def response(self, request: Request) -> Response:
         """The file, or 304 if the client has it. The server leaves out the body of an answer to HEAD."""
         headers = {**_HEADERS, "etag": self.tag}
         known = request.headers.get("if-none-match", "")
@@ -58,22 +61,22 @@ def playground_routes(config: Config) -> APIRouter:
 
     @router.api_route("/", methods=["GET", "HEAD"])
     async def index(request: Request) -> Response:
-        return files[_INDEX].reply(request)
+        return files[_INDEX].response(request)
 
     @router.get("/playground/deployment")
     async def deployment() -> Response:
-        return Response(encode(about(config)), media_type="application/json")
+        return json_response(about(config))
 
     @router.api_route("/playground/{name}", methods=["GET", "HEAD"])
-    async def part(name: str, request: Request) -> Response:
+    async def file(name: str, request: Request) -> Response:
         if name not in files or name == _INDEX:
             raise HTTPException(404)
-        return files[name].reply(request)
+        return files[name].response(request)
 
     return router
 
 
-def is_open(path: str, method: str) -> bool:
+def needs_no_key(path: str, method: str) -> bool:
     """Whether a path is one of the page's own files, which need no key."""
     return method in ("GET", "HEAD") and (
         path == "/" or (path.startswith("/playground/") and Path(path).suffix in _TYPES)

@@ -1,4 +1,4 @@
-"""One choice of an answer while it grows: tokens in, text, log-probabilities and a finish reason out.
+"""One choice of a response while it grows: tokens in, text, log-probabilities and a finish reason out.
 
 Knows stop tokens and stop strings, not HTTP or JSON.
 """
@@ -8,20 +8,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from server.api.completions.sequences import Prompt
 from server.api.protocol import GenerationRequest
-from server.request import FinishReason
+from server.request import FinishReason, SequenceRequest
 from server.text.detokenize import StopStrings, TextStream
 from server.text.tokenizer import Tokenizer
-from server.wire.api import Choice, Ended
+from server.wire.api import Ended, TokenDetails
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """What an answer gained since the last piece. `choices` beside `tokens` when asked for, else empty."""
+class ChoiceDelta:
+    """What a choice gained since the last delta."""
 
     text: str
     tokens: list[int]
-    choices: list[Choice]
+    details: list[TokenDetails]
+    """Of each token, when asked for; of the first tokens of an echoed prompt there are none."""
 
 
 class PromptScores:
@@ -30,16 +32,16 @@ class PromptScores:
 
     def __init__(self, index: int) -> None:
         self.index = index
-        self._scored: list[tuple[int, Choice]] = []
+        self._scored: list[tuple[int, TokenDetails]] = []
         self.finish_reason: str | None = None
         self.cached_tokens = 0
 
-    def push(self, token: int, choice: Choice | None) -> bool:
-        if choice is not None:
-            self._scored.append((token, choice))
+    def push(self, token: int, details: TokenDetails | None) -> bool:
+        if details is not None:
+            self._scored.append((token, details))
         return False
 
-    def take(self) -> list[tuple[int, Choice]]:
+    def take(self) -> list[tuple[int, TokenDetails]]:
         """What is new since the last call, with the tokens it is said of."""
         scored, self._scored = self._scored, []
         return scored
@@ -48,57 +50,54 @@ class PromptScores:
         self.finish_reason = "length"
 
 
-class Answer:
-    """`index` is the choice's number in the response; `settled` means that only its end is missing.
+class ChoiceStream:
+    """The choice that `sequence` generates; `index` is its number in the response.
 
-    `given`: the last tokens of the prompt that come back, with what is said of them, before the answer's own; the ones
-    before them are tokens without a choice. `echo`: text that the answer begins with.
+    An echoed prompt comes first: its text, and with log-probabilities its tokens, which come back as generated ones do.
     """
 
     def __init__(
         self,
+        *,
         index: int,
-        prompt: list[int],
+        prompt: Prompt,
+        sequence: SequenceRequest,
         request: GenerationRequest,
         tokenizer: Tokenizer,
-        *,
-        max_tokens: int,
-        given: int,
-        echo: str,
-        stop_token_ids: frozenset[int],
     ) -> None:
+        given = len(sequence.given)
         self.index = index
-        self.prompt = prompt
-        self.count = 0
+        self.prompt = prompt.ids[0]
+        self.count = 0  # generated tokens
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self.cached_tokens = 0
-        self.settled = False
+        self.settled = False  # whether only its end is missing
         self._include_stop = request.include_stop_str_in_output
         self._min_tokens = request.min_tokens
-        self._max_tokens = max_tokens
-        self._stop_ids = stop_token_ids
+        self._max_tokens = sequence.max_tokens - given
+        self._stop_ids = frozenset(sequence.stop_token_ids)
         self._reported_stops = frozenset(request.stop_token_ids)
         self._awaited = given  # tokens of the prompt that have not come back
-        self._stream = TextStream(tokenizer, prompt, skip_special_tokens=request.skip_special_tokens)
+        self._stream = TextStream(tokenizer, self.prompt, skip_special_tokens=request.skip_special_tokens)
         self._stops = StopStrings(request.stop, include=self._include_stop) if request.stop else None
         self._unread: int | None = None  # a stop token whose text waits for the verdict of `end`
-        self._texts = [echo] if echo else []
-        self._tokens = prompt[: len(prompt) - given] if given else []
-        self._choices: list[Choice] = []
+        self._texts = [prompt.echo] if prompt.echo else []
+        self._tokens = self.prompt[: len(self.prompt) - given] if given else []
+        self._details: list[TokenDetails] = []
         self._weights: list[float] = []
 
-    def push(self, token: int, choice: Choice | None) -> bool:
+    def push(self, token: int, details: TokenDetails | None) -> bool:
         """Take one token; True when a stop string is complete, and the sequence must be aborted."""
         self._tokens.append(token)
-        if choice is not None:
-            self._choices.append(choice)
+        if details is not None:
+            self._details.append(details)
         if self._awaited:
             self._awaited -= 1
             return False
         self.count += 1
-        if choice is not None:
-            self._add_weights(choice.coefficients)
+        if details is not None:
+            self._add_weights(details.coefficients)
         if self._unread is not None:
             self._read(self._unread)
             self._unread = None
@@ -115,7 +114,7 @@ class Answer:
             self._read(self._unread)
         if self.finish_reason is not None:
             return
-        self._show(self._stream.flush())
+        self._search(self._stream.flush())
         if self.finish_reason is not None:
             return
         if self._stops is not None:
@@ -124,11 +123,11 @@ class Answer:
         if ended.stop_token in self._reported_stops:
             self.stop_reason = ended.stop_token
 
-    def take(self) -> Piece:
+    def take(self) -> ChoiceDelta:
         """What is new since the last call."""
-        piece = Piece("".join(self._texts), self._tokens, self._choices)
-        self._texts, self._tokens, self._choices = [], [], []
-        return piece
+        delta = ChoiceDelta("".join(self._texts), self._tokens, self._details)
+        self._texts, self._tokens, self._details = [], [], []
+        return delta
 
     @property
     def has_text(self) -> bool:
@@ -140,9 +139,10 @@ class Answer:
         return [total / self.count for total in self._weights]
 
     def _read(self, token: int) -> None:
-        self._show(self._stream.push(token))
+        self._search(self._stream.push(token))
 
-    def _show(self, text: str) -> None:
+    def _search(self, text: str) -> None:
+        """Look for stop strings in `text`, and add what is before them."""
         if self._stops is None or self.count <= self._min_tokens:
             self._add_text(text)
             return

@@ -1,8 +1,8 @@
-"""Errors as OpenAI's error object: for a response, for an event in a stream, and for whatever a handler
-raises."""
+"""Errors as OpenAI's error object: for a response, for an event in a stream, and for whatever a handler raises."""
 
 from __future__ import annotations
 
+import logging
 from http import HTTPStatus
 
 import msgspec
@@ -11,10 +11,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.http.account import account_of
-from server.errors import Overloaded, RateLimited, RequestError
+from server.api.summary import summary_of
+from server.errors import GenerationFailed, Overloaded, RateLimited, RequestError
 
 _MAX_CHARACTERS = 16_000
+_log = logging.getLogger("polylogit.api")
 
 
 class UnsupportedMedia(RequestError):
@@ -22,6 +23,16 @@ class UnsupportedMedia(RequestError):
 
     status = 415
     type = "invalid_request_error"
+
+
+class ClientGone(Exception):
+    """The client left or no longer reads: nothing can be sent, nothing is wrong."""
+
+
+def internal_error() -> GenerationFailed:
+    """Log the exception that is being handled; what the client may know of it."""
+    _log.exception("failed")
+    return GenerationFailed("an internal error; look for the request id in the server's log")
 
 
 def error_object(error: RequestError) -> bytes:
@@ -49,7 +60,7 @@ def install_handlers(app: FastAPI) -> None:
 async def _on_request_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, RequestError):
         raise error
-    account_of(request.scope).note_error(error)
+    summary_of(request.scope).note_error(error)
     return error_response(error)
 
 
@@ -65,7 +76,7 @@ def _sentence(request: Request, error: HTTPException) -> str:
     path = request.url.path[:200]
     match error.status_code:
         case 404:
-            return f"there is no {path}"
+            return f"{path} does not exist"
         case 405:
             return f"{request.method[:16]} is not allowed on {path}"
     return str(error.detail) or HTTPStatus(error.status_code).phrase
