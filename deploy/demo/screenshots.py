@@ -8,24 +8,41 @@ Needs playwright and a Chromium (docker/requirements/dev.txt; Debian's package `
 
 from __future__ import annotations
 
-import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from playwright.sync_api import Page, sync_playwright
+
+from gate.options import Output, Positional, run_module
 
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 SIZE = {"width": 1180, "height": 830}
 
 
-def main() -> None:
-    url, folder = sys.argv[1], Path(sys.argv[2])
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScreenshotOptions:
+    """Of this script."""
+
+    url: Annotated[str, Positional("URL")]
+    """A running server."""
+    folder: Annotated[Path, Positional("FOLDER"), Output(folder=True)]
+    """The pictures go into this."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    run_module("screenshots.py", __doc__, ScreenshotOptions, run, arguments)
+
+
+def run(options: ScreenshotOptions) -> None:
+    """Run the command."""
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         for scheme, name in (("light", "playground.png"), ("dark", "playground-dark.png")):
             page = browser.new_page(viewport=SIZE, color_scheme=scheme)
-            answer(page, url)
-            page.screenshot(path=folder / name)
+            answer(page, options.url)
+            page.screenshot(path=options.folder / name)
         browser.close()
 
 

@@ -87,7 +87,7 @@ class TrainOptions:
     space: Literal["logprob", "prob"] = "logprob"
     """What the coefficients weigh: log-probabilities or probabilities."""
     updates: Annotated[int, whole(1)] = 1000
-    """Most updates on recorded responses."""
+    """Updates on recorded responses, at most."""
     batch_size: Annotated[int, whole(1)] = 128
     """Responses an update."""
     rate: Annotated[float, number(0, 1)] = 3e-3

@@ -131,7 +131,7 @@ def _fusion(change: Change) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_row("experts disagree", _percent(_ratio(disagreements, fused)))
     table.add_row("greedy choice certified", _percent(_ratio(certain, certain + open_)))
-    table.add_row("experts that speak", "-" if math.isnan(entropy) else f"{math.exp(entropy):.2f}")
+    table.add_row("experts in use", "-" if math.isnan(entropy) else f"{math.exp(entropy):.2f}")
     table.add_row("faults survived", ", ".join(f"{name} {count:.0f}" for name, count in faults.items()))
     return table
 

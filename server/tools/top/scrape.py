@@ -12,17 +12,20 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.errors import ServerAway
 
-_SECONDS = 5.0
+_TIMEOUT_SECONDS = 5.0
 
 Labels = tuple[tuple[str, str], ...]
+"""Names and values of one series."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One reading at `at` seconds on the monotonic clock: series name -> labels -> value."""
+    """One reading of /metrics."""
 
     at: float
+    """When: seconds on the monotonic clock."""
     series: dict[str, dict[Labels, float]] = field(default_factory=dict)
+    """Name -> labels -> value."""
 
     def value(self, name: str, **labels: str) -> float:
         """The sum over the series `name` that have these labels; 0 if there is none."""
@@ -40,10 +43,13 @@ class Change:
     """What happened between two readings of one process."""
 
     before: Sample
+    """The earlier one; an empty one stands for the process's start."""
     after: Sample
+    """The later one."""
 
     @property
     def seconds(self) -> float:
+        """Between the two."""
         return self.after.at - self.before.at
 
     def grown(self, name: str, **labels: str) -> float:
@@ -80,7 +86,7 @@ class Scraper:
         base = url if "://" in url else f"http://{url}"
         self.url = base.rstrip("/").removesuffix("/metrics").removesuffix("/v1")
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(headers=headers, timeout=_SECONDS)
+        self._http = httpx.Client(headers=headers, timeout=_TIMEOUT_SECONDS)
 
     def close(self) -> None:
         self._http.close()
