@@ -33,7 +33,7 @@ class SamplingParams:
     top_p: float = 1.0
     """Keep the most probable tokens that together have this probability; 1 keeps all."""
     top_k: int = 0
-    """Keep the so many most probable tokens; 0 keeps all."""
+    """How many of the most probable tokens are kept; 0 keeps all."""
     min_p: float = 0.0
     """Drop tokens less probable than this share of the most probable one; 0 drops none."""
     seed: int = 0

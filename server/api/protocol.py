@@ -129,7 +129,7 @@ class GenerationRequest(Body):
     top_p: float = Field(1.0, gt=0, le=1)
     """Sample from the most probable tokens that together have this probability."""
     top_k: int = Field(0, ge=-1, le=2**31 - 1)
-    """Sample from the so many most probable tokens; 0 and -1: all."""
+    """How many of the most probable tokens are sampled from; 0 and -1: all."""
     min_p: float = Field(0.0, ge=0, le=1)
     """Drop tokens less probable than this share of the most probable one."""
     presence_penalty: float = Field(0.0, ge=-2, le=2)
