@@ -1,5 +1,5 @@
-"""The generated parts of the documentation: the configuration's keys, the HTTP API and the policies, from the types
-that the server itself reads them with. A page says `<!-- reference: NAME -->` where one belongs.
+"""The generated parts of the documentation: the configuration's keys, the HTTP API, the policies and the commands, from
+the types that the server itself reads them with. A page says `<!-- reference: NAME -->` where one belongs.
 
 Types, limits and defaults come from the types' JSON schemas; what a field means is the docstring under it.
 """
@@ -7,8 +7,11 @@ Types, limits and defaults come from the types' JSON schemas; what a field means
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
+import io
 import json
+import os
 import re
 import textwrap
 import typing
@@ -16,11 +19,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgspec
 
 from server.api.app import create_app
 from server.api.protocol import GenerationRequest
+from server.cli import main
 from server.config import Config, load_config
 from server.policy import Policy
 
@@ -344,11 +349,24 @@ def policy_markdown(rule: str) -> str:
     return "\n".join(entry.markdown() for entry in entries) or "No parameters."
 
 
+def command_markdown(command: str) -> str:
+    """What `polylogit COMMAND --help` prints."""
+    printed = io.StringIO()
+    with (
+        mock.patch.dict(os.environ, COLUMNS="88", NO_COLOR="1"),
+        contextlib.redirect_stdout(printed),
+        contextlib.suppress(SystemExit),
+    ):
+        main([command, "--help"])
+    return f"```text\n{printed.getvalue().strip()}\n```"
+
+
 _PARTS: dict[str, Callable[..., str]] = {
     "configuration": configuration_markdown,
     "endpoints": endpoints_markdown,
     "parameters": parameters_markdown,
     "policy": policy_markdown,
+    "command": command_markdown,
 }
 _MARK = re.compile(r"^<!-- reference: (\w+) ?(\w*) -->$", re.MULTILINE)
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from docs import reference
 from server.api import protocol
+from server.cli import main
 from server.config import Config, parse_config
 from server.policy import Policy
 from tests.support.paths import ROOT
@@ -112,6 +113,15 @@ def test_every_policy_has_its_section_its_parameters_and_an_example_that_is_vali
     first = next(iter(data["policies"]))
     config = parse_config({"name": "n", "experts": experts, "default_policy": first, **data}, directory=Path())
     assert isinstance(config.policies[first], POLICIES[rule])
+
+
+def test_every_command_has_its_section_with_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    names = re.findall(r"^    ([a-z]+)\b", capsys.readouterr().out, re.MULTILINE)
+    text = page("commands.md")
+    assert len(names) >= 10
+    assert names and all(f"## {name}\n" in text and f"usage: polylogit {name} " in text for name in names)
 
 
 def test_a_page_cannot_ask_for_what_does_not_exist() -> None:
