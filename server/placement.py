@@ -11,14 +11,18 @@ from server.config import Config, ExpertConfig
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A worker process. `expert` is its index, `generation` counts its restarts. `rank` of `tensor_parallel_size`.
-    `cpus`: the cores of this process, None for wherever; `gpus`: indices of the expert's GPUs."""
+    """A worker process."""
 
     expert: int
+    """Index of its expert."""
     generation: int
+    """How often the expert's processes have been started again."""
     rank: int
+    """Of the `tensor_parallel_size` processes of its expert, from 0."""
     cpus: list[int] | None
+    """The cores of this process; None for wherever."""
     gpus: list[int]
+    """The GPUs of the expert, counted in the order of their bus."""
 
     def socket(self, rank: int = 0) -> str:
         """Name of the socket on which rank 0 hears the coordinator, or another rank hears rank 0."""

@@ -20,17 +20,16 @@ Int32 = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What an engine shows at its sampling point: one row for each sequence whose next token is due.
-
-    `slots`, `positions`: int32[B]; position p means that the token to choose will be the sequence's p-th, counted
-    from 0 and with the prompt. `logits` [B, V], any float type, on the engine's device, after grammar masks.
-    `hidden` [B, H]: the last hidden state, what enters the LM head; None where the engine was not asked for it.
-    """
+    """What an engine shows at its sampling point: one row for each sequence whose next token is due."""
 
     slots: Int32
+    """int32[B]: the sequences, by their slots."""
     positions: Int32
+    """int32[B]: the token to choose will be the sequence's p-th, counted from 0 and with the prompt."""
     logits: torch.Tensor
+    """[B, V], any float type, on the engine's device, after grammar masks."""
     hidden: torch.Tensor | None
+    """[B, H]: the last hidden state, what enters the LM head; None where the engine was not asked for it."""
 
 
 Exchange = Callable[[Rows], Int32]
@@ -41,6 +40,7 @@ class Engine(Protocol):
     """One expert's engine. Not thread-safe; everything but `step` happens between steps."""
 
     info: Ready
+    """What it is, once it is loaded."""
 
     def add(self, add: Add) -> None:
         """Start a sequence; it takes part from the next step on."""
@@ -54,7 +54,8 @@ class Engine(Protocol):
     def step(self, exchange: Exchange) -> None:
         """Run one step. Calls `exchange` exactly once, with no rows if no sequence's token is due."""
 
-    def load(self) -> Load: ...
+    def load(self) -> Load:
+        """How busy it is."""
 
     def scores(self) -> list[tuple[int, npt.NDArray[np.float32]]]:
         """(sequence, log-probability of each prompt token but the first) for prompts scored since the last call."""
@@ -68,4 +69,5 @@ class Engine(Protocol):
     def bare_steps(self, sequences: int, prompt_tokens: int, tokens: int) -> list[float]:
         """Benchmark: greedy decoding of made-up prompts without rendezvous; seconds of each decoding step."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Give up its memory and devices."""

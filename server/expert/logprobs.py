@@ -13,10 +13,12 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """One step's logits [B, V] (float32) and their log normaliser [B, 1]."""
+    """One step's logits, and what makes them log-probabilities."""
 
     logits: torch.Tensor
+    """float32[B, V], divided by the rows' temperatures."""
     log_normaliser: torch.Tensor
+    """float32[B, 1]: the logits less this are log-probabilities."""
 
     def top_k(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """ids int64[B, K] and log-probabilities float32[B, K], best first; K = min(k, V)."""

@@ -4,7 +4,7 @@ and `grammar`, all that the project knows of vLLM.
 Tested with vLLM 0.32.0 and refuses any other version: it reaches for the scheduler and the model runner of the same
 process, which vLLM does not promise to keep.
 
-vLLM and torch read the environment when they are imported: `server.expert.process` prepares it first.
+vLLM and torch read the environment when they are imported: `server.expert.settle` prepares it first.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from server.expert.rendezvous import SLOT, Rendezvous, V1Rendezvous, V2Rendezvou
 from server.wire.expert import Add, Load, Ready
 
 _EMPTY = np.zeros(0, np.int32)
-_MOST_WORDS = 200
+_MAX_WORDS = 200
 """Characters of an error message that are passed on."""
 
 
@@ -147,7 +147,7 @@ class VllmEngine:
         return True
 
     def _refuse(self, slot: int, error: str) -> None:
-        words = error.partition("\n<state>")[0][:_MOST_WORDS]
+        words = error.partition("\n<state>")[0][:_MAX_WORDS]
         self._refused[_sequence_of(self._names[slot])] = f"the grammar cannot be followed: {words}"
 
     def drop(self, slots: Sequence[int]) -> None:

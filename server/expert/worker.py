@@ -30,10 +30,12 @@ class Projector(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What rows asked for: `temperatures` [B, 1], None when all are 1; `exact_ids` int64[B, X], None without any."""
+    """What rows asked for."""
 
     temperatures: torch.Tensor | None
+    """[B, 1]; None when all are 1."""
     exact_ids: torch.Tensor | None
+    """int64[B, X], -1 for none; None without any."""
 
 
 class Worker:

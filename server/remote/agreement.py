@@ -27,27 +27,32 @@ _SAMPLE_BYTES = 1 << 16
 
 
 class Terms(msgspec.Struct, frozen=True):
-    """`exact`: keep the last logits of parked sequences. `projection` of hidden states: by nothing, by the gate that
-    both hosts have, or "raw", themselves, padded to `width` (`polylogit record`)."""
+    """What a worker does as each coordinator wishes."""
 
     exact: bool
+    """Keep the last logits of parked sequences."""
     projection: Literal["none", "gate", "raw"]
+    """What is sent of hidden states: nothing, their projection by the gate that both hosts have, or themselves."""
     width: int = 0
+    """Size that hidden states are padded to where they are sent themselves (`polylogit record`)."""
 
 
 class Offer(msgspec.Struct, frozen=True):
     """What a coordinator says once it is trusted."""
 
     facts: dict[str, str]
+    """What its files and settings are, by name (see `facts`)."""
     terms: Terms
+    """What it wishes."""
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """What the worker answers. `reason` is empty where it agrees; `final`: asking again is of no use until somebody
-    mends a configuration."""
+    """What the worker answers."""
 
     reason: str
+    """Why it does not serve this coordinator; "" where it does."""
     final: bool
+    """Asking again is of no use until somebody mends a configuration."""
 
 
 def facts(config: Config, name: str) -> dict[str, str]:

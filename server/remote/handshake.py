@@ -40,6 +40,7 @@ _PROBES = 3
 
 
 Judge = Callable[[Offer], Verdict]
+"""What a worker thinks of an offer."""
 
 
 def load_key(config: Config) -> bytes:
@@ -129,7 +130,9 @@ class _Wire:
     """Frames over a socket, all of them within one time limit."""
 
     peer: socket.socket
+    """The connection."""
     deadline: float = 0.0
+    """When the handshake must be over, on the clock of `time.monotonic`."""
 
     def __post_init__(self) -> None:
         self.deadline = time.monotonic() + HANDSHAKE_SECONDS

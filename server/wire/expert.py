@@ -8,128 +8,153 @@ from server.wire.base import Message, Stop
 
 
 class Bare(Message, frozen=True, tag="Bare"):
-    """Benchmark: run `sequences` prompts of `prompt_tokens` for `tokens` greedy steps without any rendezvous."""
+    """Benchmark: decode made-up prompts greedily, without any rendezvous."""
 
     sequences: int
+    """How many at once."""
     prompt_tokens: int
+    """Length of each prompt."""
     tokens: int
+    """Decoded of each."""
 
 
 class Add(Message, frozen=True, tag="Add"):
-    """Put a sequence into the engine before its next step.
-
-    `slot` names the sequence on this socket while it is there, `sequence` for ever; `tokens` are its prompt and the
-    tokens generated so far; rows report position len(tokens) first. `exact_ids` are ids whose log-probability every
-    row must carry. `temperature` divides this expert's logits. `score`: also answer with `Scored` for the tokens
-    themselves. `given`: the tokens that will follow; a row's own is one more of its exact ids, the last. `grammar`
-    masks the logits of every row; the last `generated` of the tokens are already part of what it describes. An engine
-    that cannot follow it answers with `Refused` and shows no more rows.
-    """
+    """Put a sequence into the engine before its next step."""
 
     slot: int
+    """Names the sequence on this socket while it is there."""
     sequence: int
+    """Its number, which no other ever has."""
     tokens: list[int]
+    """Its prompt and the tokens generated so far; its first row is for position len(tokens)."""
     priority: int
+    """Lower runs earlier."""
     exact_ids: list[int] = msgspec.field(default_factory=list)
+    """Ids whose log-probability every row must carry."""
     temperature: float = 1.0
+    """Divides this expert's logits."""
     score: bool = False
+    """Also answer with `Scored` for the tokens themselves."""
     grammar: str | None = None
+    """Masks the logits of every row, in llguidance's words. An engine that cannot follow it answers with `Refused`."""
     generated: int = 0
+    """So many of the tokens, the last, are already part of what the grammar describes."""
     given: list[int] = msgspec.field(default_factory=list)
+    """The tokens that will follow; a row's own is one more of its exact ids, the last."""
 
 
 class Tick(Message, frozen=True, tag="Tick"):
-    """Run one step. `tokens` (int32[B]) are for the rows of the last `Report`, in its order; then `drop` and `park`
-    take effect, then `add`. A row that nothing was decided for gets any valid token: its slot is dropped or parked.
-
-    A parked sequence leaves the engine like a dropped one, but may still be asked for by `Gather` until it is added
-    again or dropped.
-    """
+    """End the step with these tokens, then drop and park, then add, then run the next one."""
 
     number: int
+    """Of the next step; its `Report` has it."""
     tokens: bytes
+    """int32[B], for the rows of the last `Report`, in its order. A row that nothing was decided for gets any valid
+    token: its slot is dropped or parked."""
     drop: list[int]
+    """Slots whose sequences leave the engine."""
     park: list[int]
+    """Slots whose sequences leave it too, but may still be asked for by `Gather` until they are added or dropped."""
     add: list[Add]
+    """Sequences that enter it."""
 
 
 class Gather(Message, frozen=True, tag="Gather"):
-    """Ask for exact log-probabilities of `ids` (int32[B, U], -1 for none) of the last rows of `slots` (int32[B]).
-
-    `number` comes back in the answer, so that a late one is not taken for another's.
-    """
+    """Ask for exact log-probabilities. Answered by `Gathered`."""
 
     number: int
+    """Comes back in the answer, so that a late one is not taken for another's."""
     slots: bytes
+    """int32[B]: the sequences, of whose last rows."""
     ids: bytes
+    """int32[B, U]: of which tokens; -1 for none."""
 
 
 class Ready(Message, frozen=True, tag="Ready"):
-    """The engine is loaded. `kv_tokens`: KV-cache capacity in tokens; `block_size`: tokens per KV block."""
+    """The engine is loaded."""
 
     kv_tokens: int
+    """KV-cache capacity in tokens."""
     block_size: int
+    """Tokens in a block of the KV cache."""
     max_model_len: int
+    """The longest sequence, prompt included."""
     vocab_size: int
+    """V, the width of its logits."""
     hidden_size: int
+    """H, the width of its hidden states."""
     version: str
+    """The engine's."""
 
 
 class Load(Message, frozen=True, tag="Load"):
-    """An engine's load: KV-cache use in [0, 1], running sequences, preemptions since start. Sent alone when the engine
-    falls empty."""
+    """How busy an engine is. Part of every `Report`; sent by itself when the engine falls empty."""
 
     kv_used: float
+    """Part of the KV cache in use, in [0, 1]."""
     running: int
+    """Sequences in it."""
     preemptions: int
+    """Since start."""
 
 
 class Report(Message, frozen=True, tag="Report"):
-    """Rows at a sampling position in step `number`.
-
-    `slots` int32[B], `positions` int32[B] (index of the token to be chosen, prompt included), `ids` int32[B, K],
-    `logprobs` float32[B, K] normalised over the whole vocabulary, `exact` float32[B, X] for each slot's own exact ids
-    (-inf past its own), `projected` float32[B, d] ("" without a hidden-state gate). `step_seconds`: from the
-    start of the step to this report. `cached_tokens`: sequence -> prompt tokens found in the prefix cache.
-    """
+    """The rows of one step: of sequences whose next token is to be sampled."""
 
     number: int
+    """Of the step: that of the `Tick` before it."""
     slots: bytes
+    """int32[B]: the sequences."""
     positions: bytes
+    """int32[B]: index of the token to be sampled, prompt included."""
     ids: bytes
+    """int32[B, K]: the most probable tokens, best first."""
     logprobs: bytes
+    """float32[B, K]: theirs, normalised over the whole vocabulary."""
     exact: bytes
+    """float32[B, X]: log-probabilities of each slot's own exact ids; -inf past its own. "" without any."""
     projected: bytes
+    """float32[B, d]: what the gate's projection makes of the hidden states; "" without one."""
     step_seconds: float
+    """From the start of the step to this report."""
     load: Load
+    """How busy the engine is."""
     cached_tokens: dict[int, int]
+    """Sequence -> prompt tokens found in the prefix cache, for prefills that this step completes."""
 
 
 class Gathered(Message, frozen=True, tag="Gathered"):
-    """Answer to `Gather`: float32[B, U], -inf for id -1."""
+    """Answer to `Gather`."""
 
     number: int
+    """That of the question."""
     logprobs: bytes
+    """float32[B, U], normalised over the whole vocabulary; -inf for id -1 and for rows that are not there any more."""
 
 
 class Scored(Message, frozen=True, tag="Scored"):
-    """Log-probability of each prompt token but the first under this expert: float32[len(tokens) - 1]."""
+    """A prompt was scored."""
 
     sequence: int
+    """Whose."""
     logprobs: bytes
+    """float32[len(tokens) - 1]: log-probability of each token but the first under this expert."""
 
 
 class Refused(Message, frozen=True, tag="Refused"):
-    """The engine cannot follow this sequence's grammar; `message` says why. The sequence waits to be dropped."""
+    """The engine cannot follow a sequence's grammar. The sequence shows no more rows, and waits to be dropped."""
 
     sequence: int
+    """Its number."""
     message: str
+    """Why, in one line."""
 
 
 class BareDone(Message, frozen=True, tag="BareDone"):
-    """Answer to `Bare`: the duration of each decoding step, in seconds."""
+    """Answer to `Bare`."""
 
     step_seconds: list[float]
+    """Duration of each decoding step."""
 
 
 ToExpert = Tick | Gather | Bare | Stop

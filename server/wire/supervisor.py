@@ -9,24 +9,30 @@ CONTROL_SOCKET = "control"
 
 
 class ExpertUp(Message, frozen=True, tag="ExpertUp"):
-    """A worker process for `expert` (index) was started and will connect to endpoint `generation`."""
+    """A worker process was started, and will connect to the socket of its expert and generation."""
 
     expert: int
+    """Index of its expert."""
     generation: int
+    """How often that has been started again."""
 
 
 class ExpertDown(Message, frozen=True, tag="ExpertDown"):
-    """The worker process of `expert` has ended."""
+    """A worker process has ended."""
 
     expert: int
+    """Index of its expert."""
     generation: int
+    """That of the process: by now there may be another."""
     message: str
+    """Why, in one line."""
 
 
 class Drain(Message, frozen=True, tag="Drain"):
-    """Stop admitting; what still runs after `grace_seconds` is ended with an error. Answered by `Drained`."""
+    """Stop admitting. Answered by `Drained`."""
 
     grace_seconds: float
+    """What still runs after so long is ended with an error."""
 
 
 class CoordinatorReady(Message, frozen=True, tag="CoordinatorReady"):
@@ -34,18 +40,23 @@ class CoordinatorReady(Message, frozen=True, tag="CoordinatorReady"):
 
 
 class RestartExpert(Message, frozen=True, tag="RestartExpert"):
-    """This expert hangs or broke: kill its process and start another."""
+    """An expert hangs or broke: kill its process and start another."""
 
     expert: int
+    """Its index."""
     generation: int
+    """That of the process: a later one is not meant."""
     message: str
+    """What is wrong with it, in one line."""
 
 
 class RemoteNote(Message, frozen=True, tag="RemoteNote"):
-    """Of an expert on another host: why it is not connected, or "" once it is. Sent on every change."""
+    """News of an expert on another host. Sent on every change."""
 
     expert: int
+    """Its index."""
     message: str
+    """Why it is not connected, in one line; "" once it is."""
 
 
 class Drained(Message, frozen=True, tag="Drained"):

@@ -12,7 +12,8 @@ import pytest
 
 from server.config import ExpertConfig, parse_config
 from server.errors import ConfigError
-from server.expert.process import environment, projecting_gate
+from server.expert.process import projecting_gate
+from server.expert.settle import environment
 from server.placement import Placement
 from tests.support import demo, gates
 from tests.support.listening import listening, own_address

@@ -11,7 +11,7 @@ import pytest
 from gate.recording import is_recording, uniform_gate, wrap
 from server.config import Config, GateConfig, parse_config
 from server.errors import StartError
-from server.expert.process import _projector
+from server.expert.process import projector
 from server.remote.agreement import Terms, compare, facts, offer, terms
 from tests.support import gates
 from tests.support.paths import DEMO
@@ -100,9 +100,9 @@ def test_a_gate_on_hidden_states_must_be_the_same_and_a_recording_gate_need_not(
 def test_raw_hidden_states_are_padded_as_the_recording_gate_pads_them():
     import torch
 
-    projector = _projector(Terms(exact=True, projection="raw", width=8), None)
-    assert projector is not None
+    raw = projector(Terms(exact=True, projection="raw", width=8), None)
+    assert raw is not None
     hidden = torch.arange(12.0).reshape(2, 6)
-    found = projector.project(1, hidden)
+    found = raw.project(1, hidden)
     assert torch.equal(found, torch.cat([hidden, torch.zeros(2, 2)], dim=1))
-    assert _projector(Terms(exact=False, projection="none"), None) is None
+    assert projector(Terms(exact=False, projection="none"), None) is None
