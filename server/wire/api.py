@@ -105,8 +105,8 @@ class Ended(Message, frozen=True, tag="Ended"):
     message: str = ""
     """What an error was, in one line."""
     code: str = ""
-    """Of an error: "overloaded" when nothing was generated because the queue is full or the server drains, "too_long" when
-    the prompt does not fit, "invalid_grammar" when an engine cannot follow the grammar; else ""."""
+    """Of an error: "overloaded" when nothing was generated because the queue is full or the server drains, "too_long"
+    when the prompt does not fit, "invalid_grammar" when an engine cannot follow the grammar; else ""."""
 
 
 class Status(Message, frozen=True, tag="Status"):
