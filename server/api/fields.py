@@ -19,7 +19,7 @@ def _stops(value: Any) -> tuple[str, ...]:
     if not isinstance(strings, list):
         raise ValueError("must be a string or a list of strings")
     if len(strings) > MAX_STOPS:
-        raise ValueError(f"at most {MAX_STOPS} strings")
+        raise ValueError(f"must have at most {MAX_STOPS} strings")
     for string in strings:
         if not isinstance(string, str) or not 0 < len(string) <= MAX_STOP_CHARACTERS:
             raise ValueError(f"must be strings of 1 to {MAX_STOP_CHARACTERS} characters")
@@ -30,7 +30,7 @@ def _logit_bias(value: Any) -> dict[int, float]:
     if not isinstance(value, dict):
         raise ValueError("must be an object of token ids and numbers")
     if len(value) > 1024:
-        raise ValueError("at most 1024 entries")
+        raise ValueError("must have at most 1024 entries")
     return {_token_id(key): _number(bias, -100.0, 100.0) for key, bias in value.items()}
 
 

@@ -1,7 +1,7 @@
 """What a client may send, as pydantic models: strict types, every number in range, unsupported fields refused
 by name.
 
-A field set to null counts as absent. Keys that nobody knows are ignored, as OpenAI does; so are user,
+A field set to null counts as absent. Unknown keys are ignored, as OpenAI does; so are user,
 metadata, store and service_tier. Knows nothing of the deployment: names, vocabulary and context are checked
 where they are used.
 """
@@ -44,13 +44,13 @@ class FusionOptions(Body):
     @classmethod
     def _is_small(cls, data: Any) -> Any:
         if isinstance(data, dict) and len(data) > len(cls.model_fields):
-            raise ValueError(f"knows {', '.join(cls.model_fields)}, and nothing else")
+            raise ValueError(f"has unknown fields; allowed are {', '.join(cls.model_fields)}")
         return data
 
     @model_validator(mode="after")
     def _one_policy(self) -> Self:
         if self.policy is not None and self.coefficients is not None:
-            raise ValueError("policy and coefficients exclude each other")
+            raise ValueError("policy and coefficients cannot be combined")
         if self.space is not None and self.coefficients is None:
             raise ValueError("space needs coefficients")
         return self
@@ -78,7 +78,7 @@ class ResponseFormat(Body):
     @model_validator(mode="after")
     def _has_schema(self) -> Self:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema belongs to type json_schema, and to no other")
+            raise ValueError("json_schema is required with type json_schema, and allowed with no other type")
         return self
 
     @property
@@ -172,7 +172,7 @@ class GenerationRequest(Body):
         return self
 
     @model_validator(mode="after")
-    def _scores_are_no_stream(self) -> Self:
+    def _scores_are_not_streamed(self) -> Self:
         if self.prompt_logprobs is not None and self.stream:
             raise ValueError("prompt_logprobs is not available with stream: true")
         return self
@@ -180,7 +180,7 @@ class GenerationRequest(Body):
     @model_validator(mode="after")
     def _grammar_ends(self) -> Self:
         if self.response_format.constrains and self.ignore_eos:
-            raise ValueError("ignore_eos and response_format exclude each other")
+            raise ValueError("ignore_eos and response_format cannot be combined")
         return self
 
     @property
@@ -216,9 +216,9 @@ class ChatRequest(GenerationRequest, Conversation):
         if self.tool_choice not in (None, "none") and not self.tools:
             raise ValueError("tool_choice needs tools")
         if isinstance(self.tool_choice, NamedTool) and not self.callable_tools:
-            raise ValueError(f"tool_choice names no tool: {self.tool_choice.function.name!r}")
+            raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is not one of the tools")
         if self.forces_call and self.ignore_eos:
-            raise ValueError("ignore_eos and a forced tool_choice exclude each other")
+            raise ValueError("ignore_eos and a forced tool_choice cannot be combined")
         return self
 
     @property
@@ -275,7 +275,7 @@ class CompletionRequest(GenerationRequest):
         if not self.max_tokens and not self.scores_prompt:
             raise ValueError("max_tokens may be 0 only with echo and logprobs")
         if self.echo and self.response_format.constrains:
-            raise ValueError("echo and response_format exclude each other")
+            raise ValueError("echo and response_format cannot be combined")
         return self
 
     @property

@@ -93,10 +93,12 @@ class Tracing:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """One moment on two clocks: `time.perf_counter` in seconds, and nanoseconds since 1970."""
+    """One moment on two clocks."""
 
     clock: float
+    """Seconds of `time.perf_counter`."""
     epoch: int
+    """Nanoseconds since 1970."""
 
     @classmethod
     def now(cls) -> Moment:

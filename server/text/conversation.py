@@ -208,11 +208,11 @@ class Conversation(Body):
         return data
 
     @model_validator(mode="after")
-    def _is_whole(self) -> Self:
+    def _is_consistent(self) -> Self:
         if "tools" in self.model_fields_set and not self.tools:
             raise ValueError("tools must not be empty")
         if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+            raise ValueError("continue_final_message and add_generation_prompt cannot be combined")
         if self.continue_final_message and self.messages[-1].role != "assistant":
-            raise ValueError("continue_final_message needs a final message of the assistant")
+            raise ValueError("continue_final_message needs a final message with the role assistant")
         return self

@@ -1,5 +1,5 @@
-"""What a deployment says of its text: each expert's tokenizer, chat template and context, and which experts a model
-name uses. Loaded once at start; knows nothing of HTTP.
+"""The text side of a deployment: each expert's tokenizer, chat template and context, and which experts a model name
+uses. Loaded once at start; knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -18,25 +18,34 @@ from server.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class ExpertText:
-    """One expert as text. Experts with equal files share the same `tokenizer` and `template` objects."""
+    """One expert as text."""
 
     name: str
     tokenizer: Tokenizer
+    """The same object for experts with equal files."""
     template: ChatTemplate | None
+    """The same object for experts with equal files; None: it takes no chats."""
     system_prompt: str | None
+    """Its own, where a conversation has none."""
     max_model_len: int
+    """Tokens of its context: prompt and answer together."""
     vocab_size: int
+    """Token ids are below it."""
     eos_token_ids: frozenset[int]
+    """Tokens that end its answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ensemble:
-    """The experts that one request uses. `indexes` are their places in the deployment, ascending."""
+    """The experts that one request uses, and how they are fused."""
 
     model: str
+    """The model name that was asked for."""
     policy: Policy
     indexes: Sequence[int]
+    """The experts' places in the deployment, ascending."""
     experts: Sequence[ExpertText]
+    """One for each of `indexes`."""
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -1,5 +1,5 @@
-"""How much JSON a text holds, found by counting: many small arrays, objects or strings take long to make, a long string
-does not. Looked at before anything is made. And how deep what was made is, for those who go through it recursively."""
+"""How much JSON a text holds, found by counting before anything is parsed: many small arrays, objects or strings take
+long to parse, a long string does not. And how deep a parsed value is, for those who go through it recursively."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def too_deep(value: dict[str, Any] | list[Any]) -> str | None:
         level = [item for holder in level for item in _items(holder) if isinstance(item, dict | list)]
         if not level:
             return None
-    return f"more than {MAX_LEVELS} levels"
+    return f"more than {MAX_LEVELS} levels of nesting"
 
 
 def _items(holder: Any) -> Iterable[Any]:

@@ -29,19 +29,26 @@ _POSITIONS = (
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """`max_positions`: the longest context in tokens. `eos_token_ids`: ascending, of generation_config.json,
-    config.json and tokenizer_config.json together. `special_tokens`: names such as bos_token -> text, as chat
-    templates use them."""
+    """The facts of one model directory."""
 
     path: Path
+    """The directory."""
     tokenizer_path: Path
+    """Its tokenizer.json."""
     vocab_size: int
+    """Token ids are below it."""
     max_positions: int
+    """The longest context, in tokens."""
     hidden_size: int
+    """Of a hidden state."""
     architectures: tuple[str, ...]
+    """As config.json names them."""
     eos_token_ids: tuple[int, ...]
+    """Ascending; of generation_config.json, config.json and tokenizer_config.json together."""
     chat_template: str | None
+    """Jinja source."""
     special_tokens: Mapping[str, str]
+    """Names such as bos_token -> text, as chat templates use them."""
 
 
 def read_model_files(path: Path, *, weights: bool = True) -> ModelFiles:
@@ -101,7 +108,7 @@ def _read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
     except OSError as error:
         raise StartError(f"{path}: cannot be read: {error.strerror or error}") from None
     except ValueError:
-        raise StartError(f"{path}: not JSON") from None
+        raise StartError(f"{path}: is not valid JSON") from None
     if not isinstance(data, dict):
         raise StartError(f"{path}: must be a JSON object")
     return data

@@ -95,11 +95,11 @@ def _text_prompts(ensemble: Ensemble, texts: list[str], add_special_tokens: bool
 
 
 def id_prompts(ensemble: Ensemble, ids: list[int]) -> list[list[int]]:
-    """Token ids, the same for each expert. Raises BadRequest for anything that is no id of the vocabulary."""
+    """Token ids, the same for each expert. Raises BadRequest for anything that is not an id of the vocabulary."""
     if len(ids) >= ensemble.max_model_len:
         raise _too_long(f"{len(ids)} tokens", ensemble.max_model_len, "prompt")
     if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= ensemble.vocab_size:
-        raise BadRequest(f"prompt: token ids are integers from 0 to {ensemble.vocab_size - 1}", param="prompt")
+        raise BadRequest(f"prompt: token ids must be integers from 0 to {ensemble.vocab_size - 1}", param="prompt")
     return [ids] * len(ensemble.experts)
 
 
@@ -121,11 +121,13 @@ def check_scorable(ensemble: Ensemble, prompts: Sequence[list[int]], param: str)
     """A prompt's tokens get log-probabilities one after another: from two on, and the same for all experts."""
     what = "echo with logprobs" if param == "echo" else param
     if isinstance(ensemble.policy, Perplexity):
-        raise BadRequest(f"{what}: the policy perplexity needs the whole prompt at once", param=param)
+        raise BadRequest(
+            f"{what}: not available with the policy perplexity, which reads the prompt before it weighs", param=param
+        )
     if any(own != prompts[0] for own in prompts):
-        raise BadRequest(f"{what}: the experts read different prompts here; ask one of them alone", param=param)
+        raise BadRequest(f"{what}: the experts' prompts differ here; ask one expert by its model name", param=param)
     if len(prompts[0]) < 2:
-        raise BadRequest(f"{what}: the prompt has only one token", param=param)
+        raise BadRequest(f"{what}: needs a prompt of at least two tokens", param=param)
 
 
 def _too_long(length: str, context: int, param: str) -> BadRequest:

@@ -91,11 +91,11 @@ class ChatTemplate:
 class Marks:
     """Stand-ins for the special tokens that a client's text spells out, of one request.
 
-    The random part makes them impossible to forge from outside. `max_marks`: how many fit a prompt, each being a token
-    or more.
+    The random part makes them impossible to forge from outside.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_marks: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, max_marks: int) -> None:
+        """`max_marks`: how many fit a prompt, each being a token or more."""
         self._tokenizer = tokenizer
         self._left = max_marks
         self._nonce = secrets.token_hex(8)

@@ -18,10 +18,12 @@ _BYTE_TOKEN = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
 
 @dataclass(frozen=True, slots=True)
 class TokenText:
-    """How one token is shown: its text alone, and its exact bytes (a token may be part of a character)."""
+    """How one token is shown."""
 
     text: str
+    """Its text alone; U+FFFD for bytes that are only part of a character."""
     bytes: bytes
+    """Its exact bytes."""
 
 
 class Tokenizer:
@@ -48,7 +50,7 @@ class Tokenizer:
         try:
             return cls(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises bare Exception
-            raise StartError(f"{path}: not a tokenizer: {' '.join(str(error).split())[:200]}") from None
+            raise StartError(f"{path}: is not a tokenizer: {' '.join(str(error).split())[:200]}") from None
 
     @cached_property
     def longest_token(self) -> int:

@@ -23,7 +23,7 @@ def chosen_temperatures(deployment: Deployment, options: FusionOptions | None) -
         return None
     names = deployment.config.expert_names
     if unknown := [name for name in options.temperature if name not in names]:
-        message = f"fusion.temperature: no expert is named {unknown[0][:64]!r}"
+        message = f"fusion.temperature: there is no expert named {unknown[0][:64]!r}"
         raise BadRequest(message, param="fusion.temperature")
     return [options.temperature.get(name, 1.0) for name in names]
 

@@ -18,11 +18,14 @@ _GENERATING = ("/v1/chat/completions", "/v1/completions")
 
 @dataclass(slots=True)
 class _Use:
-    """One key's. `spare`: requests that it may still start, as of `since` (seconds)."""
+    """What one key uses."""
 
     spare: float
+    """Requests that it may still start, as of `since`."""
     since: float
+    """Seconds, on the limiter's clock."""
     running: int = 0
+    """Requests that it runs."""
 
 
 class KeyLimited:

@@ -12,6 +12,7 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
 
 from server.api.http.errors import error_object
 from server.errors import BadRequest
@@ -26,8 +27,7 @@ _STOP_SECONDS = 5
 
 class StrictConnection(HttpToolsProtocol):
     """One client connection. What a request has around its body, even trailers after it, must be short, and all of it
-    arrive within a time limit: the parser itself keeps what is unfinished. `write_seconds`: how long more than a little
-    may wait to be read."""
+    arrive within a time limit: the parser itself keeps what is unfinished."""
 
     _bare_bytes = 0  # since the last piece of a body
     _in_headers = True  # or before them
@@ -35,8 +35,17 @@ class StrictConnection(HttpToolsProtocol):
     _deadline: asyncio.TimerHandle | None = None
     _write_deadline: asyncio.TimerHandle | None = None
 
-    def __init__(self, *arguments: Any, write_seconds: float, **named: Any) -> None:
-        super().__init__(*arguments, **named)
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+        *,
+        write_seconds: float,
+    ) -> None:
+        """`write_seconds`: how long more than a little may wait to be read; the others are uvicorn's."""
+        super().__init__(config, server_state, app_state, _loop)
         self._write_seconds = write_seconds
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

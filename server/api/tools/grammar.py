@@ -165,7 +165,7 @@ def _fault_of(schema: Schema) -> str | None:
     """The same of one level."""
     for name, limit in _MAX_COUNTS.items():
         if isinstance(count := schema.get(name), int | float) and count > limit:
-            return f"has {name} over {limit}"
+            return f"has {name} above {limit}"
     by_pattern = schema.get("patternProperties")  # anything, where it is a property's name
     for expression in [schema.get("pattern"), *(by_pattern if isinstance(by_pattern, dict) else ())]:
         if isinstance(expression, str) and (fault := patterns.problem(expression)):
@@ -175,7 +175,8 @@ def _fault_of(schema: Schema) -> str | None:
 
 def _valid(grammar: str, param: str) -> str:
     if len(grammar) > MAX_CHARACTERS:
-        raise BadRequest(f"{param}: more than {MAX_CHARACTERS} characters", param=param, code="invalid_schema")
+        message = f"{param}: the schema is too large: its grammar has more than {MAX_CHARACTERS} characters"
+        raise BadRequest(message, param=param, code="invalid_schema")
     if error := LLMatcher.validate_grammar(grammar):
         raise BadRequest(f"{param}: {_words(error)}", param=param, code="invalid_schema")
     return grammar

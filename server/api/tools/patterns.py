@@ -19,13 +19,16 @@ _TOKEN = re.compile(
 
 @dataclass
 class _Branch:
-    """One alternative of a group. `fixed`: it has a part that occurs a bounded number of times; `loose`: one that may
-    occur without end; `ambiguous`: an alternative before this one was loose and not fixed."""
+    """One alternative of a group."""
 
     size: int = 0
+    """Atoms, with counted repetitions written out."""
     fixed: bool = False
+    """Whether it has a part that occurs a bounded number of times."""
     loose: bool = False
+    """Whether it has a part that may occur without end."""
     ambiguous: bool = False
+    """Whether an alternative before this one was loose and not fixed."""
 
     @property
     def is_ambiguous(self) -> bool:
@@ -39,8 +42,12 @@ class _Branch:
 
 @dataclass
 class _Atom:
+    """A character, a class of them or a group: what a quantifier repeats."""
+
     size: int = 1
+    """Atoms in it, with counted repetitions written out."""
     ambiguous: bool = False
+    """Whether one of its alternatives is a repetition without end and nothing else."""
 
 
 def problem(pattern: str) -> str | None:
@@ -66,7 +73,7 @@ def problem(pattern: str) -> str | None:
 
 
 def _enter(groups: list[_Branch], token: str) -> _Atom | None:
-    """Take a token that is no quantifier; the atom that it completes."""
+    """Take a token that is not a quantifier; the atom that it completes."""
     if token.startswith("(") and len(groups) <= MAX_CHARACTERS:
         groups.append(_Branch())
         return None

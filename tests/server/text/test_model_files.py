@@ -68,11 +68,11 @@ def test_a_model_with_a_text_part(model: Path) -> None:
         ("config.json", None, "has no config.json"),
         ("tokenizer.json", None, "has no tokenizer.json"),
         ("model.safetensors", None, "has no weights"),
-        ("config.json", "{", "not JSON"),
+        ("config.json", "{", "not valid JSON"),
         ("config.json", "[]", "must be a JSON object"),
         ("config.json", "{}", "vocab_size is missing"),
         ("config.json", '{"vocab_size": 5}', "max_position_embeddings is missing"),
-        ("generation_config.json", "x", "not JSON"),
+        ("generation_config.json", "x", "not valid JSON"),
     ],
 )
 def test_one_clear_line(model: Path, file: str, content: str | None, message: str) -> None:

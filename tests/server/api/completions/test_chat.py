@@ -322,4 +322,4 @@ async def test_prompt_logprobs_where_all_experts_read_the_same(api: Served) -> N
     assert [list(entry) for entry in others] == [[str(token)] for token in prompt[1:]]
     assert answer["choices"][0]["message"]["content"] == "Hi" and "prompt_logprobs" not in answer["choices"][0]
     refused = (await api.chat(prompt_logprobs=0)).json()["error"]
-    assert refused["param"] == "prompt_logprobs" and "different prompts" in refused["message"]
+    assert refused["param"] == "prompt_logprobs" and "prompts differ" in refused["message"]
