@@ -169,7 +169,8 @@ class Supervisor:
         now = time.monotonic()
         if (pause := expert.restarts.pause(now)) is None:
             limit = self._config.limits.restarts_per_hour
-            raise StartError(f"{child.name}: {words}; restarted {limit} times in an hour, giving up")
+            times = "once" if limit == 1 else f"{limit} times"
+            raise StartError(f"{child.name}: {words}; restarted {times} in an hour, giving up")
         log.error("%s: %s; restarting in %.0f s", child.name, words, pause)
         expert.due = now + pause
 

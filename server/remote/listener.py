@@ -1,5 +1,5 @@
-"""The worker's side of an expert that runs on another host than the coordinator: who may come in, and the conversation
-with the one who did. One coordinator at a time; the next may come when the connection to it has ended.
+"""The worker's side of an expert that runs on another host than the coordinator: whose connection is accepted, and the
+conversation over it. One coordinator at a time; the next may come when the connection to it has ended.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from server.wire.expert import FromExpert, ToExpert
 log = logging.getLogger("polylogit")
 
 _MAX_HANDSHAKES = 16
-"""At the same time; whoever comes then is turned away at once."""
+"""At the same time; whoever comes then is refused at once."""
 _LOOK_SECONDS = 0.2
 
 
@@ -109,7 +109,7 @@ class Listener:
                 peer, address = self._socket.accept()
             except OSError as error:
                 if not self._closed:
-                    log.warning("cannot let anybody in: %s", error.strerror)
+                    log.warning("cannot accept connections: %s", error.strerror)
                     time.sleep(_LOOK_SECONDS)
                 continue
             if self._handshakes.acquire(blocking=False):
@@ -135,7 +135,7 @@ class Listener:
                 self._admitted.put((peer, offer.terms))
                 return
         except (OSError, UnreachableError) as error:
-            log.warning("turned %s away: %s", host, error)
+            log.warning("refused %s: %s", host, error)
             if taken:
                 self._vacate()
             else:

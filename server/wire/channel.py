@@ -41,7 +41,7 @@ _LINGER_SECONDS = 0.5
 def endpoint(directory: Path, name: str) -> str:
     """The address called `name` in the deployment's private directory. Raises StartError if that is too deep."""
     if len(bytes(directory)) + _MAX_NAME_BYTES > _MAX_ADDRESS_BYTES:
-        raise StartError(f"{directory}: too long a path for sockets; set TMPDIR to a directory of a shorter one")
+        raise StartError(f"{directory}: the path is too long for sockets; set TMPDIR to a directory with a shorter one")
     return str(directory / name)
 
 

@@ -72,8 +72,10 @@ class Host(threading.Thread):
 
 
 class _KillableListener(Listener):
-    def __init__(self, *arguments: Any, killed: threading.Event, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
+    def __init__(
+        self, bound: socket.socket, key: bytes, facts: dict[str, str], *, hang_seconds: float, killed: threading.Event
+    ) -> None:
+        super().__init__(bound, key, facts, hang_seconds=hang_seconds)
         self._killed = killed
 
     def receive(self, timeout: float | None) -> ToExpert | None:

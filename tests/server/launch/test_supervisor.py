@@ -104,7 +104,7 @@ def test_a_life_with_two_restarts_and_an_orderly_end(tmp_path, earlier):
         (
             ("stays", "always"),
             {"limits": {"restarts_per_hour": 1}},
-            "expert b: CUDA error; restarted 1 times in an hour, giving up",
+            "expert b: CUDA error; restarted once in an hour, giving up",
         ),
         (
             ("stays", "stays"),

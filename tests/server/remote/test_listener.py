@@ -53,7 +53,7 @@ def test_strangers_do_not_keep_the_coordinator_out(caplog):
         for each in (peer, *strangers):
             each.close()
         until(lambda: listener.receive(0) is not None)  # Stop: it has gone
-        until(lambda: "turned 127.0.0.1 away: does not speak polylogit" in caplog.text)
+        until(lambda: "refused 127.0.0.1: does not speak polylogit" in caplog.text)
         listener.close()
         assert listener.admit() is None
 
