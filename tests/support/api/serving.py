@@ -90,6 +90,20 @@ def a_bug(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     server.fake.script = Script(tokens=lambda _: ids("ab" * 100), pause=0.05)
 
 
+async def in_flight(api: Served, count: int) -> None:
+    """Wait until so many requests are, the one that asks among them."""
+    async with asyncio.timeout(10):
+        while f"polylogit_http_requests_in_flight {count}.0" not in (await api.http.get("/metrics")).text:
+            await asyncio.sleep(0.02)
+
+
+async def disconnected(api: Served) -> float:
+    """Requests for completions whose client did not take the answer."""
+    lines = (await api.http.get("/metrics")).text.splitlines()
+    name = 'polylogit_http_requests_total{outcome="disconnected",route="/v1/completions"} '
+    return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
+
+
 async def _listening(http: httpx.AsyncClient, task: asyncio.Task[None]) -> None:
     async with asyncio.timeout(10):
         while not task.done():
