@@ -1,5 +1,5 @@
 """The generated parts of the documentation: the configuration's keys, the HTTP API, the policies and the commands, from
-the types that the server itself reads them with. A page says `<!-- reference: NAME -->` where one belongs.
+the types that the server itself reads them with. A page says `[reference: NAME](SOURCE)` where one belongs.
 
 Types, limits and defaults come from the types' JSON schemas; what a field means is the docstring under it.
 """
@@ -368,7 +368,8 @@ _PARTS: dict[str, Callable[..., str]] = {
     "policy": policy_markdown,
     "command": command_markdown,
 }
-_MARK = re.compile(r"^<!-- reference: (\w+) ?(\w*) -->$", re.MULTILINE)
+_MARK = re.compile(r"^\[reference: (\w+) ?(\w*)[^]]*\]\([^)]*\)$", re.MULTILINE)
+"""Where a part belongs. Read as it is, it is a link to the types."""
 
 
 def filled(page: str) -> str:

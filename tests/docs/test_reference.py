@@ -126,4 +126,4 @@ def test_every_command_has_its_section_with_its_help(capsys: pytest.CaptureFixtu
 
 def test_a_page_cannot_ask_for_what_does_not_exist() -> None:
     with pytest.raises(KeyError):
-        reference.filled("<!-- reference: nothing -->")
+        reference.filled("[reference: nothing](nowhere)")
