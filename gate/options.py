@@ -218,7 +218,7 @@ def _docstrings(options: type[Options]) -> dict[str, str]:
 
 
 def _argument(field: _Field) -> tuple[list[str], dict[str, Any]]:
-    """What `add_argument` takes. Nothing is stored for what is not given: the dataclass knows the default."""
+    """What `add_argument` takes. Nothing is stored for an option that is not given: the dataclass knows the default."""
     shown = field.help.replace("%", "%%")
     settings: dict[str, Any] = {"help": shown, "default": argparse.SUPPRESS}
     option = f"--{field.name.replace('_', '-')}"
@@ -231,7 +231,7 @@ def _argument(field: _Field) -> tuple[list[str], dict[str, Any]]:
     settings |= _value(field)
     if place := field.mark(Positional):
         if field.default is not MISSING:
-            settings["nargs"] = "*" if "nargs" in settings else "?"
+            settings |= {"nargs": "*" if "nargs" in settings else "?", "default": field.default}
         settings["help"] += _default(field)
         return [field.name], settings | {"metavar": place.metavar}
     required = field.default is MISSING

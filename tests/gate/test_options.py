@@ -95,6 +95,27 @@ def test_only_what_must_be_given_leaves_the_defaults() -> None:
     assert parsed("a.yaml", "--output", "o") == Everything(config=Path("a.yaml"), output=Path("o"))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Optional:
+    """Places that may be empty."""
+
+    config: Annotated[Path | None, Positional("FILE")] = None
+    """A file (default: none)."""
+    url: Annotated[str, Positional("URL")] = "http://here"
+    """A server."""
+    ports: Annotated[tuple[int, ...], Positional("PORT")] = (1, 2)
+    """Some."""
+
+
+@pytest.mark.parametrize("given", [[], ["f"], ["f", "u"], ["f", "u", "3", "4"]])
+def test_places_that_may_be_empty(given: list[str]) -> None:
+    made_of = argparse.ArgumentParser()
+    fill(made_of, Optional)
+    values = zip(("config", "url"), (Path("f"), "u"), given[:2], strict=False)
+    expected = Optional(**{name: value for name, value, _ in values}, ports=(3, 4) if given[2:] else (1, 2))
+    assert made(Optional, vars(made_of.parse_args(given))) == expected
+
+
 def test_every_kind_of_field() -> None:
     given = ["--count", "7", "--limit", "2", "--port", "80", "--space", "prob", "--sizes", "2,4", "--policies", "a,,b"]
     more = ["--models", "x", "y", "--squares", "2", "3", "--no-hidden", "--share", "1"]

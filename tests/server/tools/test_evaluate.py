@@ -154,12 +154,13 @@ def test_one_row_has_none_to_be_compared_with(folder: Path, capsys: pytest.Captu
     assert capsys.readouterr().err == "polylogit: error: no other row to compare 'fused' with\n"
 
 
+@pytest.mark.parametrize("asked", [["config.yaml"], ["--url", "http://here"]])
 def test_an_explanation_needs_no_picture(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked: list[str]
 ) -> None:
     token = Token("!", [1.0, 0.0], {"math": 1.0, "text": 0.0})
     monkeypatch.setattr(explain, "ask", lambda *_: ExplainedAnswer("demo", "?", ["math", "text"], [token]))
-    assert main(["explain", "config.yaml", "--prompt", "?"]) == 0
+    assert main(["explain", *asked, "--prompt", "?"]) == 0
     assert capsys.readouterr().out == f"{'!'!r:14} math  1.00  text  0.00  entropy 0.00\n"
 
 
