@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from server.config import Config
 from server.errors import StartError
@@ -20,14 +21,17 @@ from server.launch.restarts import Restarts
 from server.launch.roles import control_channel, start_api, start_coordinator, start_expert
 from server.launch.sockets import bound, http_url, private_directory
 from server.wire.base import Stop
+from server.wire.channel import Channel
 from server.wire.supervisor import (
     CoordinatorReady,
     Drain,
     Drained,
     ExpertDown,
     ExpertUp,
+    FromSupervisor,
     RemoteNote,
     RestartExpert,
+    ToSupervisor,
 )
 
 log = logging.getLogger("polylogit")
@@ -54,6 +58,9 @@ class _Expert:
 
 class Supervisor:
     """Runs a deployment. `on_ready(url)` is called once it answers."""
+
+    _directory: Path
+    _control: Channel[ToSupervisor, FromSupervisor]
 
     def __init__(self, config: Config, on_ready: Callable[[str], None]) -> None:
         self._config = config

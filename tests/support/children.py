@@ -1,16 +1,20 @@
-"""What the supervisor's tests start instead of the real processes: small targets for fresh interpreters."""
+"""What tests of processes start instead of the real ones: small targets for fresh interpreters, and deployments of
+them."""
 
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from server import logs
-from server.config import Config, LoggingConfig
+from server.config import Config, LoggingConfig, parse_config
 from server.errors import EngineError, StartError
 from server.placement import Placement
 from server.wire.api import FromApi, ToApi
@@ -25,8 +29,36 @@ from server.wire.supervisor import (
     RestartExpert,
     ToSupervisor,
 )
+from tests.support import processes
 
 SECONDS = 30.0
+
+
+def config(directory: Path = Path(), models: Sequence[str] = ("stays", "stays"), **settings: Any) -> Config:
+    """Of experts a, b, ..., whose models say what they do (see `expert`)."""
+    experts = [{"name": name, "model": model} for name, model in zip("abcd", models, strict=False)]
+    data = {"name": "fake", "experts": experts, "http": {"port": 0}, **settings}
+    return parse_config(data, directory=directory)
+
+
+def until(condition: Callable[[], bool]) -> bool:
+    """Whether it came true in time."""
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def everything_ended(directory: Path, earlier: set[int | None]) -> bool:
+    """No expert that wrote its number runs any more, nor any other child that this process has started since."""
+    pids = [int(path.read_text()) for path in directory.glob("*.pid")]
+    since = {child.pid for child in multiprocessing.active_children()} - earlier
+    return not since and not any(processes.alive(pid) for pid in pids)
+
+
+# --- single processes ---
 
 
 def explain() -> None:

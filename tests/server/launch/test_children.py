@@ -6,8 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,18 +18,10 @@ from server.launch.children import Children, spawn
 from server.launch.roles import ranks_memory
 from server.placement import Placement
 from tests.support import children, processes
+from tests.support.children import until
 from tests.support.paths import ROOT
 
 SECONDS = 20.0
-
-
-def until(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 @pytest.mark.parametrize(

@@ -2,68 +2,23 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from server.config import Config, parse_config
 from server.errors import StartError
 from server.launch.supervisor import Supervisor
-from tests.support import children, processes
-
-SECONDS = 20.0
-
-
-def config(directory: Path = Path(), models=("stays", "stays"), **settings) -> Config:
-    experts = [{"name": name, "model": model} for name, model in zip("abcd", models, strict=False)]
-    data = {"name": "fake", "experts": experts, "http": {"port": 0}, **settings}
-    return parse_config(data, directory=directory)
-
-
-def until(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-@pytest.fixture
-def small_processes(monkeypatch) -> Iterator[None]:
-    """Small targets for the real processes; signal handlers as they were, afterwards."""
-    for name in ("coordinator", "api", "expert"):
-        monkeypatch.setattr(f"server.launch.roles.run_{name}", getattr(children, name))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+from tests.support.children import config, everything_ended, until
 
 
 def heard(directory: Path) -> list[str]:
     path = directory / "heard.txt"
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-
-
-@pytest.fixture
-def earlier() -> set[int]:
-    """Children of this process that other tests left running, such as shared deployments."""
-    return {child.pid for child in multiprocessing.active_children()}
-
-
-def everything_ended(directory: Path, earlier: set[int]) -> bool:
-    """No expert that wrote its number runs any more, nor any other child that this process has started since."""
-    pids = [int(path.read_text()) for path in directory.glob("*.pid")]
-    since = {child.pid for child in multiprocessing.active_children()} - earlier
-    return not since and not any(processes.alive(pid) for pid in pids)
 
 
 @pytest.mark.usefixtures("small_processes")
