@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gate.contract import CONTRACT_ENTRY, CheckpointError, Contract, encode_contract, read_contract, sha256_file
+from gate.contract import CONTRACT_ENTRY, CheckpointError, Contract, encode_contract, read_contract, require_sha256
 
 _DEPRECATED = r"`torch\.jit\.(script|save|load|script_method|freeze|export)`"
 
@@ -63,8 +63,7 @@ def load(path: Path, device: str = "cpu", sha256: str | None = None) -> Checkpoi
     """Loads a checkpoint. Raises CheckpointError when missing, corrupt, without a valid contract, or not the file that
     `sha256` (hexadecimal) pins."""
     contract = read_contract(path)
-    if sha256 is not None and (found := sha256_file(path)) != sha256:
-        raise CheckpointError(f"{path} has sha256 {found}, expected {sha256}")
+    require_sha256(path, sha256)
     try:
         with _deprecations_silenced():
             module = torch.jit.load(str(path), map_location=device).eval()  # type: ignore[no-untyped-call]

@@ -13,6 +13,7 @@ import msgspec
 from tokenizers import Tokenizer
 
 from gate.errors import GateError
+from gate.files import sha256_file
 
 FORMAT_VERSION = 1
 CONTRACT_ENTRY = "contract.json"
@@ -22,18 +23,30 @@ class CheckpointError(GateError):
     """A gate checkpoint is missing, unreadable or contradicts itself."""
 
 
-class Contract(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Contract(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What the gate was trained for. E = len(experts), K = top_k, d = projected_size, S = state_size."""
 
     format_version: int
-    experts: list[str]  # names, in the order of the E axis
-    vocabulary_hash: str  # sha256, hexadecimal; see `vocabulary_hash`
+    """`FORMAT_VERSION` of the program that wrote it."""
+    experts: list[str]
+    """Names, in the order of the E axis."""
+    vocabulary_hash: str
+    """sha256, hexadecimal, of the experts' common vocabulary; see `vocabulary_hash`."""
     top_k: int
+    """Listed candidates of each expert that the gate reads."""
     space: Literal["logprob", "prob"]
+    """What the coefficients weigh: log-probabilities or probabilities."""
     inputs: list[Literal["topk", "hidden"]]
-    hidden_sizes: list[int]  # H_i of each expert; empty when "hidden" is not among the inputs
-    projected_size: int  # 0 without hidden states
-    state_size: int  # 0 when the gate keeps no state between tokens
+    """What the gate reads of each expert: its list, its last hidden state."""
+    hidden_sizes: list[int]
+    """H_i of each expert; empty when "hidden" is not among the inputs."""
+    projected_size: int
+    """Floats of each expert's hidden state that travel to the gate; 0 without hidden states."""
+    state_size: int
+    """Floats that the gate keeps between a sequence's tokens; 0 for none."""
+    recording: bool = False
+    """The projection is the hidden state itself, padded to the widest (`gate.training.recording_gate`): any expert can
+    run it without having the checkpoint."""
 
 
 def vocabulary_hash(tokenizer_json: Path) -> str:
@@ -43,10 +56,10 @@ def vocabulary_hash(tokenizer_json: Path) -> str:
     return hashlib.sha256(msgspec.json.encode(pairs)).hexdigest()
 
 
-def sha256_file(path: Path) -> str:
-    """sha256 (hexadecimal) of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def require_sha256(path: Path, expected: str | None) -> None:
+    """Raises CheckpointError if a file is not the one that `expected` (hexadecimal; None: any) pins."""
+    if expected is not None and (found := sha256_file(path)) != expected:
+        raise CheckpointError(f"{path} has sha256 {found}, expected {expected}")
 
 
 def encode_contract(contract: Contract) -> str:
@@ -105,6 +118,23 @@ def mismatches(
     ]
 
 
+def require_fit(
+    contract: Contract,
+    path: Path,
+    *,
+    experts: list[str],
+    vocabulary_hash: str,
+    top_k: int,
+    hidden_sizes: list[int] | None,
+) -> None:
+    """Raises CheckpointError, which names `path` and each field in which a deployment differs from its contract."""
+    problems = mismatches(
+        contract, experts=experts, vocabulary_hash=vocabulary_hash, top_k=top_k, hidden_sizes=hidden_sizes
+    )
+    if problems:
+        raise CheckpointError(f"{path}: {'; '.join(problems)}")
+
+
 def _validate(contract: Contract) -> None:
     reads_hidden = "hidden" in contract.inputs
     sizes = len(contract.experts) if reads_hidden else 0
@@ -117,6 +147,8 @@ def _validate(contract: Contract) -> None:
         "projected_size must be positive exactly when hidden is an input": (contract.projected_size > 0)
         == reads_hidden,
         "state_size must not be negative": contract.state_size >= 0,
+        "a recording gate must project to the widest hidden state": not contract.recording
+        or contract.projected_size == max(contract.hidden_sizes, default=0),
     }
     broken = [message for message, holds in rules.items() if not holds]
     if broken:

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 
 from gate.baselines.fusionroute.data import Encoder, reference
 from gate.baselines.logits import logits_at
-from gate.evaluation.evaluate import read_questions
 from gate.evaluation.graders import Exact
+from gate.evaluation.prompts import read_prompts
 
 BATCH = 128
 
@@ -25,7 +25,7 @@ class Greedy:
     ) -> None:
         self.model = model
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, padding_side="left")
-        questions = read_questions(prompts)
+        questions = read_prompts(prompts)
         for question in questions:
             reference(question)  # one without an answer is refused before any is asked
         spread = questions[:: max(1, len(questions) // limit)][:limit] if limit else questions

@@ -21,7 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gate.errors import GateError
 from gate.evaluation.graders import Grader
-from gate.evaluation.prompts import PromptsError, numbered_rows
+from gate.evaluation.prompts import Question, read_prompts
+from gate.files import write_whole
 
 TIMEOUT_SECONDS = 300.0
 FORMAT = 1
@@ -32,60 +33,52 @@ class EvaluationError(GateError):
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """One line of a prompts file; `row` is all of it, for the grader."""
-
-    number: str
-    domain: str
-    messages: list[dict[str, Any]]
-    row: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
 class ModelReply:
-    """What a model answered to one question. `cut`: it ended at its most tokens."""
+    """What a model answered to one question."""
 
     text: str
     tokens: int
+    """Of the answer."""
     cut: bool
+    """It ended at `max_tokens`."""
 
 
 class Answers(msgspec.Struct):
-    """What one model answered to the questions, in their order. `right` holds 0 or 1."""
+    """What one model answered to the questions, in their order. Q questions."""
 
     texts: list[str]
+    """[Q]."""
     right: list[int]
+    """[Q], 0 or 1."""
     tokens: int = 0
+    """Of all answers."""
     seconds: float = 0.0
-    served_by: str = ""  # the model name that was asked
-    cut: int = 0  # answers that ended at their most tokens: wrong, whatever they say
+    """From the first request to the last answer."""
+    served_by: str = ""
+    """The model name that was asked."""
+    cut: int = 0
+    """Answers that ended at `max_tokens`: wrong, whatever they say."""
 
 
 class Results(msgspec.Struct):
-    """One evaluation file: the questions, and every model's answers by label."""
+    """One evaluation file: Q questions, and every model's answers by label."""
 
     prompts: str
+    """Path of the prompts file."""
     prompts_sha256: str
+    """`questions_sha256` of the questions that were asked."""
     ids: list[str]
+    """[Q], of the questions."""
     domains: list[str]
+    """[Q], of the questions."""
     grader: str
+    """As given to `--grader`."""
     models: dict[str, Answers] = {}
-    about: dict[str, Any] = {}  # command, time, versions
+    """Label -> answers."""
+    about: dict[str, Any] = {}
+    """Command, time, versions, and what the answers depend on."""
     format: int = FORMAT
-
-
-def read_questions(path: Path, limit: int | None = None) -> list[Question]:
-    """The first `limit` questions of a prompts file: {"messages", and optionally "id", "domain", "tools", and what the
-    grader needs}. Raises PromptsError naming the line."""
-    found: dict[str, Question] = {}
-    for line, row in numbered_rows(path, limit):
-        number, domain = str(row.get("id", len(found))), row.get("domain", "all prompts")
-        if not isinstance(row.get("messages"), list) or not isinstance(domain, str):
-            raise PromptsError(f'{path}:{line}: a prompt needs "messages" (a list); its "domain" is a string')
-        if number in found:
-            raise PromptsError(f"{path}:{line}: the id {number!r} was there before")
-        found[number] = Question(number, domain, row["messages"], row)
-    return list(found.values())
+    """`FORMAT` of the program that wrote it."""
 
 
 def graded(grader: Grader, questions: list[Question], replies: list[ModelReply]) -> list[int]:
@@ -98,7 +91,7 @@ def graded(grader: Grader, questions: list[Question], replies: list[ModelReply])
         return [int(given >= 0.5) for given in threads.map(reward, questions, replies)]
 
 
-def digest(questions: list[Question]) -> str:
+def questions_sha256(questions: list[Question]) -> str:
     """sha256 (hexadecimal) of all that their lines say."""
     return hashlib.sha256(json.dumps([question.row for question in questions]).encode()).hexdigest()
 
@@ -107,8 +100,8 @@ def new_results(path: Path, questions: list[Question], grader: str) -> Results:
     """Results without any answer yet."""
     return Results(
         prompts=str(path),
-        prompts_sha256=digest(questions),
-        ids=[question.number for question in questions],
+        prompts_sha256=questions_sha256(questions),
+        ids=[question.id for question in questions],
         domains=[question.domain for question in questions],
         grader=grader,
     )
@@ -128,18 +121,15 @@ def load_results(path: Path) -> Results:
 def load_pairs(path: Path, prompts: Path) -> tuple[Results, list[Question]]:
     """The results at `path` and the questions that they answer. Raises EvaluationError if `prompts` holds others."""
     results = load_results(path)
-    questions = read_questions(prompts, len(results.ids))
-    if digest(questions) != results.prompts_sha256:
+    questions = read_prompts(prompts, len(results.ids))
+    if questions_sha256(questions) != results.prompts_sha256:
         raise EvaluationError(f"{prompts}: not the prompts that {path} answers (those were {results.prompts})")
     return results, questions
 
 
 def save_results(results: Results, path: Path) -> None:
     """Writes the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_bytes(msgspec.json.encode(results) + b"\n")
-    fresh.replace(path)
+    write_whole(path, msgspec.json.encode(results) + b"\n")
 
 
 def key_header() -> dict[str, str]:
@@ -161,7 +151,7 @@ async def ask(client: httpx.AsyncClient, model: str, question: Question, max_tok
     except httpx.HTTPError as error:
         raise EvaluationError(f"{client.base_url}: {error or type(error).__name__}") from None
     if response.is_error:
-        raise EvaluationError(f"{model}, prompt {question.number}: {response.status_code} {response.text[:300]}")
+        raise EvaluationError(f"{model}, prompt {question.id}: {response.status_code} {response.text[:300]}")
     reply = response.json()
     choice, tokens = reply["choices"][0], reply.get("usage", {}).get("completion_tokens", 0)
     return ModelReply(choice["message"]["content"] or "", tokens, choice.get("finish_reason") == "length")

@@ -1,36 +1,53 @@
-"""Prompts files: JSON lines, each an object with "id" and "messages", and what its grader needs ("answer", "tests",
-...)."""
+"""Prompts files: JSON lines, each an object with "messages", perhaps "id", "domain" and "tools", and what its grader
+needs ("answer", "tests", ...). One reader for recording, training and evaluation.
+"""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gate.errors import GateError
 from gate.evaluation.graders import Grader
 
+NO_DOMAIN = "all prompts"
+
 
 class PromptsError(GateError):
     """A prompts or responses file is wrong. The message names the line."""
 
 
-def read_prompts(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """The first `limit` rows of a prompts file (None: all). Raises PromptsError."""
-    rows = numbered_rows(path, limit)
-    seen: set[str] = set()
-    for number, row in rows:
-        if not isinstance(row.get("id"), str) or not isinstance(row.get("messages"), list):
-            raise PromptsError(f'{path}:{number}: a prompt needs "id" (a string) and "messages" (a list)')
-        if row["id"] in seen:
-            raise PromptsError(f"{path}:{number}: the id {row['id']!r} was there before")
-        seen.add(row["id"])
-    return [row for _, row in rows]
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One line of a prompts file."""
+
+    id: str
+    """The line's own "id" as text, else how many prompts stand before it; no two are the same."""
+    domain: str
+    """What a table groups it under."""
+    messages: list[dict[str, Any]]
+    """The conversation to answer, as in a chat request."""
+    row: dict[str, Any]
+    """All of the line, for the grader."""
 
 
-def check_gradable(rows: list[dict[str, Any]], grader: Grader) -> None:
-    """Raises PromptsError for the first row that `grader` cannot grade responses to."""
-    for row in rows:
-        if problem := grader.problem(row):
-            raise PromptsError(f"prompt {row['id']!r} {problem}")
+def read_prompts(path: Path, limit: int | None = None) -> list[Question]:
+    """The first `limit` prompts of a file (None: all). Raises PromptsError naming the line."""
+    found: dict[str, Question] = {}
+    for line, row in numbered_rows(path, limit):
+        if not isinstance(row.get("messages"), list):
+            raise PromptsError(f'{path}:{line}: a prompt needs "messages" (a list)')
+        if (key := _text(row, "id", str(len(found)))) in found:
+            raise PromptsError(f"{path}:{line}: the id {key!r} was there before")
+        found[key] = Question(key, _text(row, "domain", NO_DOMAIN), row["messages"], row)
+    return list(found.values())
+
+
+def check_gradable(questions: list[Question], grader: Grader) -> None:
+    """Raises PromptsError for the first prompt that `grader` cannot grade responses to."""
+    for question in questions:
+        if problem := grader.problem(question.row):
+            raise PromptsError(f"prompt {question.id!r} {problem}")
 
 
 def numbered_rows(path: Path, limit: int | None = None) -> list[tuple[int, dict[str, Any]]]:
@@ -49,6 +66,10 @@ def numbered_rows(path: Path, limit: int | None = None) -> list[tuple[int, dict[
     if not rows:
         raise PromptsError(f"{path}: no lines")
     return rows
+
+
+def _text(row: dict[str, Any], key: str, otherwise: str) -> str:
+    return otherwise if row.get(key) is None else str(row[key])
 
 
 def _object(path: Path, number: int, line: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gate.training.records import Manifest, RecordError, Response, digest, open_shard, read_manifest, shards
+from gate.training.records import Manifest, RecordError, Response, open_shard, read_manifest, shards, tensors_sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class _Filling:
             metadata = file.metadata()
         if missing := self._tensors.keys() - arrays.keys():
             raise RecordError(f"{path}: has no {', '.join(sorted(missing))}")
-        if metadata["digest"] != digest(arrays):
+        if metadata["digest"] != tensors_sha256(arrays):
             raise RecordError(f"{path}: damaged: its contents are not what was written")
         tokens, responses = slice(self._token, self._token + len(arrays["tokens"])), len(self._prompts)
         for name, tensor in self._tensors.items():

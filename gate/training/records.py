@@ -30,9 +30,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as encode
 
 from gate.errors import GateError
+from gate.files import sha256_file, write_whole
 
-FORMAT_VERSION = 2
-"""1 had no sha256 of the manifest in its shards."""
+FORMAT_VERSION = 3
+"""1 had no sha256 of the manifest in its shards; the fingerprints of 2 saw only the ends of files of weights."""
 MANIFEST = "manifest.json"
 SHARD_BYTES = 64 << 20
 SHARD_SECONDS = 60.0
@@ -127,7 +128,7 @@ def open_shard(path: Path) -> Iterator[Any]:
             header = file.metadata() or {}
             if missing := {"digest", "ids", "manifest"} - header.keys():
                 raise RecordError(f"{path}: its header has no {', '.join(sorted(missing))}")
-            if header["manifest"] != _sha256(path.parent / MANIFEST):
+            if header["manifest"] != sha256_file(path.parent / MANIFEST):
                 raise RecordError(f"{path}: was recorded under another {MANIFEST} than the one beside it")
             yield file
     except (SafetensorError, OSError, KeyError, ValueError) as error:
@@ -136,7 +137,7 @@ def open_shard(path: Path) -> Iterator[Any]:
         raise RecordError(f"{path}: truncated or not a shard of records ({' '.join(str(error).split())})") from None
 
 
-def digest(tensors: dict[str, Array]) -> str:
+def tensors_sha256(tensors: dict[str, Array]) -> str:
     """sha256 (hexadecimal) over all tensors' bytes, by name."""
     found = hashlib.sha256()
     for name in sorted(tensors):
@@ -174,7 +175,7 @@ class RecordWriter:
         elif shards(self._directory):
             raise RecordError(f"{self._directory} has shards but no {MANIFEST}")
         else:
-            _write(path, msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+            write_whole(path, msgspec.json.format(msgspec.json.encode(manifest), indent=1))
 
     def _tasks(self) -> set[int]:
         """The tasks whose responses are on disk."""
@@ -199,11 +200,11 @@ class RecordWriter:
             return
         tensors = _tensors(self._waiting)
         metadata = {
-            "digest": digest(tensors),
+            "digest": tensors_sha256(tensors),
             "ids": json.dumps([each.prompt_id for each in self._waiting]),
-            "manifest": _sha256(self._directory / MANIFEST),
+            "manifest": sha256_file(self._directory / MANIFEST),
         }
-        _write(self._directory / f"shard-{self._next:05d}.safetensors", encode(tensors, metadata))
+        write_whole(self._directory / f"shard-{self._next:05d}.safetensors", encode(tensors, metadata))
         self.done.update(each.task for each in self._waiting)
         self._next += 1
         self._waiting, self._bytes = [], 0
@@ -235,20 +236,6 @@ def _tensors(responses: list[Response]) -> dict[str, Array]:
         hidden = np.concatenate([each.hidden[index] for each in responses])
         tensors[f"hidden.{index}"] = hidden.clip(-_HALF, _HALF).astype(np.float16)
     return tensors
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _lock(directory: Path) -> int:

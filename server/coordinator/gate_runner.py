@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from gate.checkpoint import Checkpoint, load
-from gate.contract import CheckpointError, mismatches
+from gate.contract import CheckpointError, require_fit
 from server.coordinator.arrays import Bool, Float32, Int32
 from server.errors import StartError
 from server.policy import Space
@@ -85,17 +85,16 @@ def load_gate(
     """Load the checkpoint at `path` for a deployment. Raises StartError naming each field that does not fit."""
     try:
         checkpoint = load(path, sha256=sha256)
+        require_fit(
+            checkpoint.contract,
+            path,
+            experts=experts,
+            vocabulary_hash=vocabulary_hash,
+            top_k=top_k,
+            hidden_sizes=hidden_sizes,
+        )
     except CheckpointError as error:
         raise StartError(f"gate: {error}") from None
-    problems = mismatches(
-        checkpoint.contract,
-        experts=experts,
-        vocabulary_hash=vocabulary_hash,
-        top_k=top_k,
-        hidden_sizes=hidden_sizes,
-    )
-    if problems:
-        raise StartError(f"gate {path.name}: {'; '.join(problems)}")
     return GateRunner(checkpoint)
 
 

@@ -134,7 +134,7 @@ def _serve(
 
 def projector(terms: Terms, gate: Checkpoint | None) -> Projector | None:
     """What a coordinator's terms make of hidden states."""
-    from gate.recording import RecordingGate, UniformGate
+    from gate.training.recording_gate import RecordingGate, UniformGate
 
     if terms.projection == "raw":
         return RecordingGate(UniformGate(), [terms.width])

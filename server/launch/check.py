@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import pynvml
 
-from gate.contract import CheckpointError, mismatches, read_contract, sha256_file, vocabulary_hash
+from gate.contract import CheckpointError, read_contract, require_fit, require_sha256, vocabulary_hash
 from server.config import Config, ExpertConfig
 from server.errors import StartError, UnreachableError
 from server.launch.sockets import bound
@@ -175,24 +174,18 @@ def _check_gate(config: Config, vocabulary: str, hidden_sizes: list[int]) -> lis
     path = config.path(config.gate.file)
     try:
         contract = read_contract(path)
+        require_sha256(path, config.gate.sha256)
+        require_fit(
+            contract,
+            path,
+            experts=config.expert_names,
+            vocabulary_hash=vocabulary,
+            top_k=config.top_k,
+            hidden_sizes=hidden_sizes,
+        )
     except CheckpointError as error:
         raise StartError(f"gate: {error}") from None
-    _check_digest(path, config.gate.sha256)
-    problems = mismatches(
-        contract,
-        experts=config.expert_names,
-        vocabulary_hash=vocabulary,
-        top_k=config.top_k,
-        hidden_sizes=hidden_sizes,
-    )
-    if problems:
-        raise StartError(f"gate {config.gate.file}: {'; '.join(problems)}")
     fits = f"fits ({contract.space} space, inputs {' and '.join(contract.inputs)}"
     if config.gate.sha256 is not None:
         return [Finding("gate", f"{fits}; sha256 pinned)")]
     return [Finding("gate", f"{fits})"), Finding("gate", "sha256 not pinned, and TorchScript is code", warning=True)]
-
-
-def _check_digest(path: Path, expected: str | None) -> None:
-    if expected is not None and (found := sha256_file(path)) != expected:
-        raise StartError(f"gate {path.name}: sha256 is {found}, the configuration says {expected}")

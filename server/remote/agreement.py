@@ -5,25 +5,23 @@ wishes are its `Terms`.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from gate.contract import read_contract, sha256_file
+from gate.contract import read_contract
+from gate.files import sha256_file, sha256_parts
 from server import VLLM_VERSION, __version__
 from server.config import Config
 from server.errors import StartError
-from server.text.model_files import read_model_files, weight_files
+from server.text.model_files import read_model_files, weight_files, weights_sha256
 from server.wire.expert import FromExpert, ToExpert
 
 _OPTIONAL = ("weights", "gate")
 """Facts that a coordinator may leave out."""
-_SAMPLES = 16
-_SAMPLE_BYTES = 1 << 16
+_SHOWN = 12
+"""Digits of a digest that are compared, so that a message can hold two of them."""
 
 
 class Terms(msgspec.Struct, frozen=True):
@@ -61,12 +59,13 @@ def facts(config: Config, name: str) -> dict[str, str]:
     expert = config.experts[config.expert_names.index(name)]
     model = config.path(expert.model)
     ends = end_tokens(config)  # first: it says which files are missing
+    protocol = json.dumps(msgspec.json.schema_components([ToExpert, FromExpert]))
     found = {
         "polylogit": __version__,
-        "protocol": _digest([json.dumps(msgspec.json.schema_components([ToExpert, FromExpert])).encode()]),
+        "protocol": sha256_parts([protocol.encode()])[:_SHOWN],
         "vLLM": VLLM_VERSION,
         "expert": name,
-        "model": _digest([(model / "config.json").read_bytes(), (model / "tokenizer.json").read_bytes()]),
+        "model": sha256_parts([(model / "config.json").read_bytes(), (model / "tokenizer.json").read_bytes()])[:_SHOWN],
         "end tokens": ", ".join(map(str, ends)),
         "max_model_len": str(expert.max_model_len),
         "dtype": expert.dtype,
@@ -74,7 +73,7 @@ def facts(config: Config, name: str) -> dict[str, str]:
         "limits.sequences": str(config.limits.sequences),
         "gate": _gate(config),
     }
-    return found | ({"weights": _weights(files)} if (files := weight_files(model)) else {})
+    return found | ({"weights": weights_sha256(files)[:_SHOWN]} if (files := weight_files(model)) else {})
 
 
 def offer(config: Config, name: str) -> Offer:
@@ -93,9 +92,7 @@ def terms(config: Config) -> Terms:
     file = config.path(config.gate.file)
     if "hidden" not in (contract := read_contract(file)).inputs:
         return Terms(exact, "none")
-    from gate.recording import is_recording
-
-    return Terms(exact, "raw", contract.projected_size) if is_recording(file) else Terms(exact, "gate")
+    return Terms(exact, "raw", contract.projected_size) if contract.recording else Terms(exact, "gate")
 
 
 def end_tokens(config: Config) -> list[int]:
@@ -119,24 +116,4 @@ def compare(coordinators: dict[str, str], experts: dict[str, str]) -> Verdict:
 
 
 def _gate(config: Config) -> str:
-    return "none" if config.gate is None else sha256_file(config.path(config.gate.file))[:12]
-
-
-def _weights(files: list[Path]) -> str:
-    """A digest of the names, the sizes and samples all over the contents: whole files would take minutes to read."""
-    parts = []
-    for file in files:
-        size = file.stat().st_size
-        parts += [file.name.encode(), str(size).encode()]
-        with file.open("rb") as opened:
-            for sample in range(_SAMPLES):
-                opened.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-                parts.append(opened.read(_SAMPLE_BYTES))
-    return _digest(parts)
-
-
-def _digest(parts: Iterable[bytes]) -> str:
-    whole = hashlib.sha256()
-    for part in parts:
-        whole.update(len(part).to_bytes(8, "little") + part)
-    return whole.hexdigest()[:12]
+    return "none" if config.gate is None else sha256_file(config.path(config.gate.file))[:_SHOWN]

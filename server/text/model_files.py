@@ -6,17 +6,18 @@ Every fault is a `StartError` of one line that names the directory or the file.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gate.files import sha256_parts
 from server.errors import StartError
 
 _WEIGHTS = ("*.safetensors", "*.bin")
-_ENDS = 1 << 20
+_SAMPLES = 16
+_SAMPLE_BYTES = 1 << 16
 _POSITIONS = (
     "max_position_embeddings",
     "n_positions",
@@ -79,18 +80,25 @@ def read_model_files(path: Path, *, weights: bool = True) -> ModelFiles:
 
 
 def fingerprint(files: ModelFiles, more: object) -> str:
-    """sha256 (hexadecimal) that changes with the model: its configuration, tokenizer and chat template whole, of each
-    file of weights its name, its size and both ends (all of large ones would take minutes), and `more` (JSON)."""
-    found = hashlib.sha256(json.dumps([files.chat_template, more]).encode())
-    for path in (files.path / "config.json", files.tokenizer_path):
-        found.update(path.read_bytes())
-    for path in weight_files(files.path):
-        found.update(f"{path.name} {path.stat().st_size}".encode())
+    """sha256 (hexadecimal) that changes with the model: its configuration, tokenizer and chat template, its weights
+    (`weights_sha256`), and `more` (JSON)."""
+    texts = [json.dumps([files.chat_template, more]).encode()]
+    texts += [path.read_bytes() for path in (files.path / "config.json", files.tokenizer_path)]
+    return sha256_parts([*texts, weights_sha256(weight_files(files.path)).encode()])
+
+
+def weights_sha256(files: list[Path]) -> str:
+    """sha256 (hexadecimal) over the names, the sizes and samples from all over the contents of files of weights: to
+    read all of large ones would take minutes, and their ends alone are often what fine-tuning leaves as it was."""
+    parts = []
+    for path in files:
+        size = path.stat().st_size
+        parts += [path.name.encode(), str(size).encode()]
         with path.open("rb") as file:
-            found.update(file.read(_ENDS))
-            file.seek(max(0, path.stat().st_size - _ENDS))
-            found.update(file.read(_ENDS))
-    return found.hexdigest()
+            for sample in range(_SAMPLES):
+                file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+                parts.append(file.read(_SAMPLE_BYTES))
+    return sha256_parts(parts)
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -6,11 +6,12 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from gate.contract import sha256_file
 from gate.evaluation import evaluate as evaluation
 from gate.evaluation.evaluate import EvaluationError, Results
 from gate.evaluation.graders import load_grader
+from gate.evaluation.prompts import check_gradable, read_prompts
 from gate.evaluation.report import markdown, tabulate
+from gate.files import sha256_file
 from server.config import Config
 from server.tools.options import EvaluateOptions
 from server.tools.provenance import about
@@ -24,10 +25,8 @@ def evaluate(options: EvaluateOptions) -> int:
     config = config_to_serve(options)
     check_models(config, "--models", evaluation.labelled(list(options.models)).values())
     grader = load_grader(options.grader)
-    questions = evaluation.read_questions(options.prompts, options.limit)
-    for question in questions:
-        if problem := grader.problem(question.row):
-            raise EvaluationError(f"{options.prompts}: prompt {question.number} {problem}")
+    questions = read_prompts(options.prompts, options.limit)
+    check_gradable(questions, grader)
     results = evaluation.new_results(options.prompts, questions, options.grader)
     settings = _settings(options, config)
     if options.output.exists():

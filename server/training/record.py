@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -19,9 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gate.contract import sha256_file
 from gate.evaluation.graders import Grader, load_grader
-from gate.evaluation.prompts import PromptsError, check_gradable, numbered_rows, read_prompts
+from gate.evaluation.prompts import PromptsError, Question, check_gradable, numbered_rows, read_prompts
+from gate.files import sha256_file
 from gate.training.records import FORMAT_VERSION, Manifest, RecordWriter, Response
 from server.config import Config
 from server.errors import ConfigError
@@ -52,23 +51,23 @@ _GRADE_AHEAD = 4
 class Plan:
     """All responses of a recording, in the order of their numbers. `source` is an index into `sources`."""
 
-    rows: list[dict[str, Any]]
+    questions: list[Question]
     sources: list[str]
     policies: list[Policy]
-    given: list[list[tuple[int, str]]]  # for each row (source, text)
+    given: list[list[tuple[int, str]]]  # for each question (source, text)
     samples: int
     temperature: float
     seed: int
 
     @property
     def size(self) -> int:
-        drawn = len(self.rows) * self.samples * (len(self.policies) - sum(name in GIVEN for name in self.sources))
+        drawn = len(self.questions) * self.samples * (len(self.policies) - sum(name in GIVEN for name in self.sources))
         return drawn + sum(map(len, self.given))
 
     def tasks(self, texts: Texts, done: set[int]) -> Iterator[tuple[Task, int, int]]:
         """(task, row, source) for every number that is not `done`."""
         number = -1
-        for row, given in enumerate(self.rows):
+        for row, question in enumerate(self.questions):
             planned: list[tuple[int, str | None]] = list(self.given[row])
             planned += [
                 (source, None)
@@ -80,7 +79,7 @@ class Plan:
             number += len(planned)
             if done.issuperset(numbers):
                 continue
-            prompts = texts.prompts(given)
+            prompts = texts.prompts(question)
             for task, (source, text) in zip(numbers, planned, strict=True):
                 if task not in done:
                     yield self._task(task, prompts, source, None if text is None else texts.response(text)), row, source
@@ -96,11 +95,11 @@ def record(options: RecordOptions, log_options: LogOptions) -> int:
     check(msgspec.structs.replace(config, gate=None))
     grader = load_grader(options.grader)
     plan = _plan(config, options)
-    check_gradable(plan.rows, grader)
+    check_gradable(plan.questions, grader)
     gate = None if options.gate is None else load_gate(config, options.gate)
     texts = Texts(config)
-    for row, given in zip(plan.rows, plan.given, strict=True):
-        texts.check(row, [text for _, text in given])
+    for question, given in zip(plan.questions, plan.given, strict=True):
+        texts.check(question, [text for _, text in given])
     console = Console(stderr=True)
     if isolation := getattr(grader, "isolation", None):
         console.print(f"code runs in a sandbox: {isolation}", highlight=False, soft_wrap=True)
@@ -135,13 +134,13 @@ def _sizes(config: Config, hidden: bool) -> list[int]:
 
 
 def _plan(config: Config, options: RecordOptions) -> Plan:
-    rows = read_prompts(options.prompts, options.limit)
+    questions = read_prompts(options.prompts, options.limit)
     policies = _policies(config, options)
-    given = _given(rows, options)
+    given = _given(questions, options)
     sources = [name for name, wanted in zip(GIVEN, (options.answers, options.responses), strict=True) if wanted]
     everything: Policy = Single(config.expert_names[0])  # a given token is fused too, whatever for
     return Plan(
-        rows=rows,
+        questions=questions,
         sources=sources + list(policies),
         policies=[everything] * len(sources) + list(policies.values()),
         given=[[(sources.index(source), text) for source, text in texts] for texts in given],
@@ -170,21 +169,21 @@ def _policies(config: Config, options: RecordOptions) -> dict[str, Policy]:
     return chosen
 
 
-def _given(rows: list[dict[str, Any]], options: RecordOptions) -> list[list[tuple[str, str]]]:
-    """For each row, (source, text) of the responses that are given."""
-    given: list[list[tuple[str, str]]] = [[] for _ in rows]
+def _given(questions: list[Question], options: RecordOptions) -> list[list[tuple[str, str]]]:
+    """For each question, (source, text) of the responses that are given."""
+    given: list[list[tuple[str, str]]] = [[] for _ in questions]
     if options.answers:
-        for row, texts in zip(rows, given, strict=True):
-            if not isinstance(row.get("answer"), str):
-                raise PromptsError(f'--answers: prompt {row["id"]!r} has no "answer" (a string)')
-            texts.append(("answer", row["answer"]))
+        for question, texts in zip(questions, given, strict=True):
+            if not isinstance(answer := question.row.get("answer"), str):
+                raise PromptsError(f'--answers: prompt {question.id!r} has no "answer" (a string)')
+            texts.append(("answer", answer))
     if options.responses is not None:
-        place = {row["id"]: number for number, row in enumerate(rows)}
+        place = {question.id: number for number, question in enumerate(questions)}
         for number, line in numbered_rows(options.responses):
-            if line.get("id") not in place or not isinstance(line.get("response"), str):
+            if (key := str(line.get("id"))) not in place or not isinstance(line.get("response"), str):
                 needed = 'needs the "id" of a prompt and "response" (a string)'
                 raise PromptsError(f"{options.responses}:{number}: {needed}")
-            given[place[line["id"]]].append(("response", line["response"]))
+            given[place[key]].append(("response", line["response"]))
     return given
 
 
@@ -229,8 +228,9 @@ def _graded(
 
     def grade(rollout: Rollout) -> Response:
         row, source = of.pop(rollout.task.number)
-        reward = reward_of(rollout, plan.rows[row], texts, grader)
-        return to_response(rollout, row, plan.rows[row]["id"], source, reward, sizes)
+        question = plan.questions[row]
+        reward = reward_of(rollout, question, texts, grader)
+        return to_response(rollout, row, question.id, source, reward, sizes)
 
     with ThreadPoolExecutor(grader.workers) as pool:
         waiting: set[Future[Response]] = set()

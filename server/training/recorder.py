@@ -14,9 +14,10 @@ import msgspec
 import numpy as np
 
 from gate import checkpoint
-from gate.contract import CheckpointError, Contract, mismatches, vocabulary_hash
+from gate.contract import Contract, require_fit, vocabulary_hash
 from gate.evaluation.graders import Grader
-from gate.recording import uniform_gate, wrap
+from gate.evaluation.prompts import Question
+from gate.training.recording_gate import uniform_gate, wrap
 from gate.training.records import Response
 from server.config import Config, GateConfig, load_config
 from server.launch.local import LocalDeployment
@@ -58,15 +59,14 @@ def save_for_recording(config: Config, sizes: list[int], gate: Inner | None, pat
 def load_gate(config: Config, path: Path) -> Inner:
     """The checkpoint at `path`. Raises CheckpointError if it is not for these experts."""
     loaded = checkpoint.load(path)
-    problems = mismatches(
+    require_fit(
         loaded.contract,
+        path,
         experts=config.expert_names,
         vocabulary_hash=vocabulary_of(config),
         top_k=config.top_k,
         hidden_sizes=hidden_sizes(config),
     )
-    if problems:
-        raise CheckpointError(f"{path}: {'; '.join(problems)}")
     return loaded.module, loaded.contract
 
 
@@ -109,9 +109,9 @@ def seed_of(seed: int, number: int) -> int:
     return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])
 
 
-def reward_of(rollout: Rollout, row: dict[str, Any], texts: Texts, grader: Grader) -> float:
+def reward_of(rollout: Rollout, question: Question, texts: Texts, grader: Grader) -> float:
     """What the grader gives; 0 for a response that was cut at its most tokens."""
-    return grader(row, texts.text(rollout.tokens.tolist())) if rollout.finished else 0.0
+    return grader(question.row, texts.text(rollout.tokens.tolist())) if rollout.finished else 0.0
 
 
 def to_response(rollout: Rollout, row: int, name: str, source: int, reward: float, sizes: list[int]) -> Response:

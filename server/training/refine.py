@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from gate.contract import Contract
 from gate.evaluation.graders import Grader
+from gate.evaluation.prompts import Question
 from gate.model import GateModel
 from gate.training.dataset import Records, from_responses
 from gate.training.records import Response
@@ -31,7 +31,7 @@ from server.training.rollout import Rollout, Rollouts, Task, Texts
 
 class DeployedPolicy:
     """Draws through `deployment`, which runs a recording gate of `contract`; `directory` takes the checkpoints that are
-    loaded into it. Prompts are numbers of `rows`."""
+    loaded into it. Prompts are numbers of `questions`."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class DeployedPolicy:
         deployment: LocalDeployment,
         directory: Path,
         contract: Contract,
-        rows: list[dict[str, Any]],
+        questions: list[Question],
         grader: Grader,
         *,
         max_tokens: int,
@@ -48,7 +48,7 @@ class DeployedPolicy:
         self._deployment = deployment
         self._directory = directory
         self._contract = contract
-        self._rows = rows
+        self._questions = questions
         self._grader = grader
         self._texts = Texts(config)
         self._sizes = hidden_sizes(config) if "hidden" in contract.inputs else []
@@ -78,9 +78,10 @@ class DeployedPolicy:
         ]
 
         def grade(rollout: Rollout) -> Response:
-            row = prompts[rollout.task.number // copies]
-            reward = reward_of(rollout, self._rows[row], self._texts, self._grader)
-            return to_response(rollout, row, self._rows[row]["id"], 0, reward, self._sizes)
+            prompt = prompts[rollout.task.number // copies]
+            question = self._questions[prompt]
+            reward = reward_of(rollout, question, self._texts, self._grader)
+            return to_response(rollout, prompt, question.id, 0, reward, self._sizes)
 
         with ThreadPoolExecutor(self._grader.workers) as pool:
             made = list(pool.map(grade, self._rollouts.run(tasks)))
@@ -88,7 +89,7 @@ class DeployedPolicy:
 
     def _rendered(self, prompt: int) -> list[list[int]]:
         if prompt not in self._prompts:
-            self._prompts[prompt] = self._texts.prompts(self._rows[prompt])
+            self._prompts[prompt] = self._texts.prompts(self._questions[prompt])
         return self._prompts[prompt]
 
 
@@ -97,7 +98,7 @@ def deployed_policy(
     config: Config,
     model: GateModel,
     contract: Contract,
-    rows: list[dict[str, Any]],
+    questions: list[Question],
     grader: Grader,
     *,
     max_tokens: int,
@@ -105,7 +106,7 @@ def deployed_policy(
     """The deployment, started to draw with `model`. Raises StartError."""
     sizes = hidden_sizes(config) if "hidden" in contract.inputs else []
     with recording_deployment(config, sizes, (_on_cpu(model), contract)) as (deployment, directory):
-        yield DeployedPolicy(config, deployment, directory, contract, rows, grader, max_tokens=max_tokens)
+        yield DeployedPolicy(config, deployment, directory, contract, questions, grader, max_tokens=max_tokens)
 
 
 def _on_cpu(model: GateModel) -> GateModel:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
+from gate.evaluation.prompts import Question
 from server.config import Config
 from server.errors import BadRequest, EngineError, StartError
 from server.launch.local import LocalDeployment
@@ -71,26 +72,27 @@ class Texts:
             raise StartError(f"expert {self._experts[0].name}: its files name no end token")
         self._end = self.stop_token_ids[0] if named is None else named
 
-    def prompts(self, row: dict[str, Any]) -> list[list[int]]:
-        """The prompt of a row of a prompts file ("messages", perhaps "tools"), for each expert. Raises StartError."""
+    def prompts(self, question: Question) -> list[list[int]]:
+        """The prompt of a question (its messages, perhaps "tools"), for each expert. Raises StartError."""
+        row = question.row
         try:
             chat = Chat(Conversation.model_validate({key: row[key] for key in ("messages", "tools") if key in row}))
             return [chat.ids(expert) for expert in self._experts]
         except ValidationError as error:
             fault = error.errors()[0]
             where = ".".join(map(str, fault["loc"]))
-            raise StartError(f"prompt {row.get('id')!r}: {where}: {fault['msg']}") from None
+            raise StartError(f"prompt {question.id!r}: {where}: {fault['msg']}") from None
         except BadRequest as error:
-            raise StartError(f"prompt {row.get('id')!r}: {error.message}") from None
+            raise StartError(f"prompt {question.id!r}: {error.message}") from None
 
-    def check(self, row: dict[str, Any], responses: list[str]) -> None:
+    def check(self, question: Question, responses: list[str]) -> None:
         """Raises StartError if the prompt, or it with one of the responses, does not fit an expert's context."""
         longest = max((len(self.response(text)) for text in responses), default=1)
-        for expert, prompt in zip(self._experts, self.prompts(row), strict=True):
+        for expert, prompt in zip(self._experts, self.prompts(question), strict=True):
             if len(prompt) + longest > expert.max_model_len:
                 whole = f"{len(prompt)} tokens and a response of {longest}"
                 raise StartError(
-                    f"prompt {row['id']!r}: {whole}; expert {expert.name} has room for {expert.max_model_len}"
+                    f"prompt {question.id!r}: {whole}; expert {expert.name} has room for {expert.max_model_len}"
                 )
 
     def response(self, text: str) -> list[int]:

@@ -17,9 +17,10 @@ import msgspec
 import torch
 
 from gate import checkpoint
-from gate.contract import FORMAT_VERSION, Contract, sha256_file
+from gate.contract import FORMAT_VERSION, Contract
 from gate.evaluation.graders import Grader, load_grader
-from gate.evaluation.prompts import check_gradable, read_prompts
+from gate.evaluation.prompts import Question, check_gradable, read_prompts
+from gate.files import sha256_file
 from gate.model import GateModel
 from gate.training.dataset import Records, load
 from gate.training.fit import Broadcast, TrainingError, fit, forward_microseconds, held_out, split
@@ -90,16 +91,16 @@ def _refine(
     options: TrainOptions,
     model: GateModel,
     contract: Contract,
-    samples: tuple[list[dict[str, Any]], Grader],
+    samples: tuple[list[Question], Grader],
     log: TrainingLog,
 ) -> None:
     """The second phase, through the deployment."""
     if log.progress.phase == "broadcast":
         log.progress.enter("refine", model)
         log.save()
-    rows, grader = samples
-    held = [number for number, row in enumerate(rows) if held_out(row["id"], options.seed, options.validation)]
-    training = sorted(set(range(len(rows))) - set(held))
+    questions, grader = samples
+    held = [number for number, each in enumerate(questions) if held_out(each.id, options.seed, options.validation)]
+    training = sorted(set(range(len(questions))) - set(held))
     if not training:
         raise TrainingError("--validation: no prompt is left to refine on")
     settings = Refinement(
@@ -111,14 +112,14 @@ def _refine(
         temperature=options.refine.temperature,
     )
     with (
-        deployed_policy(config, model, contract, rows, grader, max_tokens=options.refine.max_tokens) as policy,
+        deployed_policy(config, model, contract, questions, grader, max_tokens=options.refine.max_tokens) as policy,
         log.bar("own samples", settings.steps) as report,
     ):
         parts = (training, held[:_VALIDATION_PROMPTS])
         refine(model, contract, policy, parts, settings, log.progress, seed=options.seed, report=report)
 
 
-def _samples(config: Config, options: RefineOptions) -> tuple[list[dict[str, Any]], Grader] | None:
+def _samples(config: Config, options: RefineOptions) -> tuple[list[Question], Grader] | None:
     """What a refinement draws for: prompts and their grader; None without one."""
     if not options.refine_steps:
         if options.prompts is not None or options.grader is not None:
@@ -126,12 +127,12 @@ def _samples(config: Config, options: RefineOptions) -> tuple[list[dict[str, Any
         return None
     if options.prompts is None or options.grader is None:
         raise ConfigError("--refine-steps needs --prompts and --grader")
-    rows, grader = read_prompts(options.prompts), load_grader(options.grader)
-    check_gradable(rows, grader)
+    questions, grader = read_prompts(options.prompts), load_grader(options.grader)
+    check_gradable(questions, grader)
     texts = Texts(config)
-    for row in rows:
-        texts.check(row, [])
-    return rows, grader
+    for question in questions:
+        texts.check(question, [])
+    return questions, grader
 
 
 def _load(config: Config, directory: Path, *, hidden: bool) -> tuple[Manifest, Records]:

@@ -17,8 +17,9 @@ import pytest
 from agents import Agent, ModelSettings, OpenAIChatCompletionsModel, RunConfig, Runner, function_tool
 from pydantic import Field
 
-from gate.evaluation.evaluate import answers, read_questions
+from gate.evaluation.evaluate import answers
 from gate.evaluation.graders import load_grader
+from gate.evaluation.prompts import read_prompts
 from tests.support import demo
 from tests.support.serving import KEY, Served
 
@@ -74,7 +75,7 @@ def harness(folder: Path, task: str, model: str, arguments: str) -> dict[str, fl
 def test_the_generation_task_agrees_with_our_evaluation(demo_server: Served, tmp_path: Path) -> None:
     where = f"base_url={demo_server.url}/v1/chat/completions,model={MODEL},num_concurrent=16"
     found = harness(tmp_path, "polylogit_generation", "local-chat-completions", where)
-    questions = read_questions(PROMPTS)
+    questions = read_prompts(PROMPTS)
 
     async def ask() -> Any:
         async with httpx.AsyncClient(

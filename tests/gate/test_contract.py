@@ -15,7 +15,6 @@ from gate.contract import (
     encode_contract,
     mismatches,
     read_contract,
-    sha256_file,
     vocabulary_hash,
 )
 
@@ -47,6 +46,13 @@ def archive(path, content):
 def test_round_trip(tmp_path):
     assert decode_contract(encode_contract(CONTRACT).encode()) == CONTRACT
     assert read_contract(archive(tmp_path / "gate.pt", encode_contract(CONTRACT))) == CONTRACT
+
+
+def test_a_gate_that_is_none_for_recording_says_what_it_always_said():
+    """Checkpoints of before there was the field have none, and programs of then refuse fields that they do not know."""
+    assert "recording" not in encode_contract(CONTRACT)
+    recording = msgspec.structs.replace(CONTRACT, projected_size=24, recording=True)
+    assert decode_contract(encode_contract(recording).encode()) == recording
 
 
 def test_missing_file(tmp_path):
@@ -81,6 +87,7 @@ def test_archive_without_contract(tmp_path):
         ({"state_size": -1}, "state_size"),
         ({"space": "logits"}, "space"),
         ({"surprise": 1}, "surprise"),
+        ({"recording": True}, "recording gate must project to the widest"),
     ],
 )
 def test_contradictory_contracts_are_refused(tmp_path, change, named):
@@ -126,12 +133,6 @@ def test_vocabulary_hash_sees_ids_and_added_tokens(tmp_path):
     assert first == saved("b.json", {"b": 1, "a": 0}, ["<|end|>"])
     assert first != saved("c.json", {"a": 1, "b": 0}, ["<|end|>"])
     assert first != saved("d.json", {"a": 0, "b": 1}, ["<|stop|>"])
-
-
-def test_sha256_file(tmp_path):
-    path = tmp_path / "empty"
-    path.write_bytes(b"")
-    assert sha256_file(path) == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 
 def test_importing_the_contract_does_not_import_torch():

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gate.evaluation.evaluate import EvaluationError, Question, load_pairs, read_questions
+from gate.evaluation.evaluate import EvaluationError, load_pairs
+from gate.evaluation.prompts import Question, read_prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +53,13 @@ class Encoder:
 def reference(question: Question) -> str:
     """The prompt's own answer. Raises EvaluationError if it has none."""
     if not isinstance(answer := question.row.get("answer"), str):
-        raise EvaluationError(f'prompt {question.number} has no "answer" (a string) to learn from')
+        raise EvaluationError(f'prompt {question.id} has no "answer" (a string) to learn from')
     return answer
 
 
 def references(path: Path, limit: int | None = None) -> list[tuple[Question, str]]:
     """Every prompt, or the first `limit`, with its reference answer. Raises GateError."""
-    return [(question, reference(question)) for question in read_questions(path, limit)]
+    return [(question, reference(question)) for question in read_prompts(path, limit)]
 
 
 def preferences(

@@ -17,7 +17,8 @@ from gate.baselines.fusionroute.export import export
 from gate.baselines.fusionroute.losses import combined, disagreement, preference_loss, routing_loss, sft_loss
 from gate.baselines.fusionroute.train import RouterModel, Settings, fit_preferences, fit_references
 from gate.baselines.greedy import Greedy
-from gate.evaluation.evaluate import Answers, EvaluationError, Question, new_results, read_questions, save_results
+from gate.evaluation.evaluate import Answers, EvaluationError, new_results, save_results
+from gate.evaluation.prompts import Question, read_prompts
 from tests.support.paths import ROOT
 
 AGREE = [[0.7, 0.2, 0.1], [0.6, 0.3, 0.1]]
@@ -79,7 +80,7 @@ def test_preferences_pair_right_with_wrong_and_fall_back_to_the_reference(tmp_pa
     rows = [{"messages": [{"role": "user", "content": "?"}], "answer": f"right {i}"} for i in range(3)]
     prompts = tmp_path / "p.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    results = new_results(prompts, read_questions(prompts), "exact")
+    results = new_results(prompts, read_prompts(prompts), "exact")
     results.models = {"a": Answers(["A0", "A1", "A2"], [1, 0, 1]), "b": Answers(["B0", "B1", "B2"], [0, 0, 1])}
     save_results(results, tmp_path / "r.json")
     pairs = preferences(prompts, tmp_path / "r.json", random.Random(0))
@@ -108,7 +109,7 @@ def small_model(seed):
 def test_training_makes_right_answers_probable_and_leaves_the_experts_alone():
     encoder = Encoder(AutoTokenizer.from_pretrained(ROOT / "deploy/demo/experts/math", local_files_only=True))
     questions = [Question(str(i), "d", [{"role": "user", "content": f"Say {i}."}], {}) for i in range(8)]
-    pairs = [(question, question.number * 2) for question in questions]
+    pairs = [(question, question.id * 2) for question in questions]
     router = RouterModel(small_model(0), [small_model(1), small_model(2)], encoder, "cpu")
     frozen = [parameter.clone() for expert in router.experts for parameter in expert.parameters()]
     _, before = router.measure(pairs, 4)

@@ -9,7 +9,8 @@ import torch
 from gate.baselines import ablate, merge, routing
 from gate.baselines.fusionroute import __main__ as fusionroute
 from gate.baselines.routing import fit_router, oracle, prompt_features, routed
-from gate.evaluation.evaluate import Answers, Question, load_results, new_results, read_questions, save_results
+from gate.evaluation.evaluate import Answers, load_results, new_results, save_results
+from gate.evaluation.prompts import Question, read_prompts
 
 
 def questions(texts):
@@ -54,7 +55,7 @@ def files(tmp_path):
         ]
         prompts = tmp_path / f"{name}.jsonl"
         prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        results = new_results(prompts, read_questions(prompts), "exact")
+        results = new_results(prompts, read_prompts(prompts), "exact")
         results.models = {"m": Answers(["1"] * 10, [1, 0] * 5), "n": Answers(["2"] * 10, [0, 1] * 5)}
         save_results(results, tmp_path / f"{name}.json")
     return tmp_path

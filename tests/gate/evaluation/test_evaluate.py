@@ -15,7 +15,6 @@ from gate.evaluation.evaluate import (
     labelled,
     load_results,
     new_results,
-    read_questions,
     save_results,
 )
 from gate.evaluation.graders import Exact
@@ -37,14 +36,14 @@ def prompts_file(tmp_path, rows=ROWS):
 
 def results_file(tmp_path, name, models, rows=ROWS):
     path = prompts_file(tmp_path, rows)
-    results = new_results(path, read_questions(path), "exact")
+    results = new_results(path, read_prompts(path), "exact")
     results.models = {label: Answers(["?"] * len(right), right) for label, right in models.items()}
     save_results(results, tmp_path / name)
     return tmp_path / name
 
 
 async def ask_all(tmp_path, handler, rows=ROWS):
-    questions = read_questions(prompts_file(tmp_path, rows))
+    questions = read_prompts(prompts_file(tmp_path, rows))
     async with httpx.AsyncClient(base_url="http://test/v1/", transport=httpx.MockTransport(handler)) as client:
         return await answers(client, "gate", questions, Exact(), concurrency=1, max_tokens=9)
 
@@ -87,13 +86,13 @@ async def test_a_rows_tools_are_shown_and_their_calls_are_text(tmp_path):
 async def evaluated(tmp_path, models, served, before=None):
     """The results of a whole evaluation of an endpoint, after some that were there `before`."""
     path = prompts_file(tmp_path)
-    results = new_results(path, read_questions(path), "exact")
+    results = new_results(path, read_prompts(path), "exact")
     results.models = before or {}
     with endpoint(served, lambda body: "2") as url:
         await evaluate(
             f"{url}/v1",
             models,
-            read_questions(path),
+            read_prompts(path),
             Exact(),
             results,
             tmp_path / "r.json",
@@ -130,19 +129,27 @@ def test_a_bad_prompt_is_named_by_its_line(tmp_path, text):
     path = prompts_file(tmp_path)
     path.write_text(path.read_text() + text + "\n")
     with pytest.raises(PromptsError, match=r"test.jsonl:3"):
-        read_questions(path)
+        read_prompts(path)
 
 
-def test_prompts_are_read_as_a_recording_reads_them(tmp_path):
+def test_one_reader_for_recording_and_evaluation(tmp_path):
     """Blank lines, line separators inside of a text, and ids that come twice."""
     path = prompts_file(tmp_path)
     odd = {**ROWS[0], "id": "o", "messages": [{"role": "user", "content": "a\u2028b\x85c"}]}
     path.write_text(f"\n{path.read_text()}\n{json.dumps(odd, ensure_ascii=False)}\n\n", encoding="utf-8")
-    assert [question.row for question in read_questions(path)] == read_prompts(path) == [*ROWS, odd]
+    assert [question.row for question in read_prompts(path)] == [*ROWS, odd]
     path.write_text(f"\n{json.dumps(odd)}\n\n{json.dumps(odd)}\n")
-    for read in (read_questions, read_prompts):
-        with pytest.raises(PromptsError, match=r"test\.jsonl:4: the id 'o' was there before"):
-            read(path)
+    with pytest.raises(PromptsError, match=r"test\.jsonl:4: the id 'o' was there before"):
+        read_prompts(path)
+
+
+def test_ids_and_domains_may_be_numbers_or_left_out(tmp_path):
+    rows = [{"messages": []}, {"id": 7, "domain": 3, "messages": []}, {"id": None, "messages": []}]
+    found = read_prompts(prompts_file(tmp_path, rows))
+    assert [(each.id, each.domain) for each in found] == [("0", "all prompts"), ("7", "3"), ("2", "all prompts")]
+    assert [each.row for each in found] == rows
+    with pytest.raises(PromptsError, match="'7' was there before"):
+        read_prompts(prompts_file(tmp_path, [*rows, {"id": "7", "messages": []}]))
 
 
 def test_labels():

@@ -35,7 +35,7 @@ def damaged(path, without="", header=None, **changes):
     with records.open_shard(path) as file:
         metadata = file.metadata()
     tensors = {name: tensor for name, tensor in (load_file(path) | changes).items() if name != without}
-    save_file(tensors, path, metadata | {"digest": records.digest(tensors)} if header is None else header)
+    save_file(tensors, path, metadata | {"digest": records.tensors_sha256(tensors)} if header is None else header)
 
 
 def flip_a_bit(path):

@@ -60,7 +60,7 @@ def test_round_trip(tmp_path):
     assert found["rewards"].tolist() == [0, 1, 0]
     assert found["prompts"].tolist() == [0, 0, 1]
     assert json.loads(metadata["ids"]) == ["p0", "p0", "p1"]
-    assert metadata["digest"] == records.digest(found)
+    assert metadata["digest"] == records.tensors_sha256(found)
     np.testing.assert_array_equal(found["tokens"][3:6], response(1).tokens)
     np.testing.assert_array_equal(found["topk_ids"][3:6], response(1).topk_ids)
     np.testing.assert_allclose(found["topk_logprobs"][3:6], response(1).topk_logprobs, rtol=1e-3)

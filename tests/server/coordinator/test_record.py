@@ -10,7 +10,7 @@ import torch
 from scipy.special import log_softmax
 
 from gate.contract import Contract, vocabulary_hash
-from gate.recording import UniformGate, wrap
+from gate.training.recording_gate import UniformGate, wrap
 from server.policy import Gate, Single, Uniform
 from server.wire.api import GateLoaded, LoadGate, Recorded
 from tests.support import demo

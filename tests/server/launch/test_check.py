@@ -11,7 +11,8 @@ from pathlib import Path
 import pynvml
 import pytest
 
-from gate.contract import CONTRACT_ENTRY, Contract, encode_contract, sha256_file, vocabulary_hash
+from gate.contract import CONTRACT_ENTRY, Contract, encode_contract, vocabulary_hash
+from gate.files import sha256_file
 from server.config import Config, load_config, parse_config
 from server.errors import StartError
 from server.launch.check import check, check_port, gpu_count
@@ -264,7 +265,7 @@ def test_a_gate_that_fits(folder):
 def test_a_gate_for_another_deployment_names_the_field(folder, changes, field):
     gate(folder, **changes)
     message = problem(gated(folder))
-    assert message.startswith(f"gate gate.pt: {field}: the gate expects ")
+    assert message.startswith("gate: /") and f"/gate.pt: {field}: the gate expects " in message
     assert ";" not in message
 
 
@@ -277,7 +278,7 @@ def test_a_gate_that_differs_in_several_ways_names_them_all(folder):
 def test_a_gate_that_is_not_the_pinned_one(folder):
     path = gate(folder)
     message = problem(gated(folder, sha256="0" * 64))
-    assert message == f"gate gate.pt: sha256 is {sha256_file(path)}, the configuration says {'0' * 64}"
+    assert message == f"gate: {path} has sha256 {sha256_file(path)}, expected {'0' * 64}"
 
 
 def test_a_gate_that_is_cut_off_or_is_none(folder):

@@ -8,7 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from gate.recording import is_recording, uniform_gate, wrap
+from gate.contract import read_contract
+from gate.training.recording_gate import uniform_gate, wrap
 from server.config import Config, GateConfig, parse_config
 from server.errors import StartError
 from server.expert.process import projector
@@ -92,7 +93,7 @@ def test_a_gate_on_hidden_states_must_be_the_same_and_a_recording_gate_need_not(
     assert disagreement(config, facts(hidden, "math")) == ""
     recording = tmp_path / "recording.pt"
     wrap(*uniform_gate(NAMES, "0" * 64, 32), [6, 8], recording)
-    assert is_recording(recording) and not is_recording(tmp_path / "hidden.pt")
+    assert read_contract(recording).recording and not read_contract(tmp_path / "hidden.pt").recording
     assert terms(with_gate(config, recording)) == Terms(exact=True, projection="raw", width=8)
     assert disagreement(with_gate(config, recording), facts(config, "math")) == ""
 

@@ -255,7 +255,7 @@ def record(config: Path, prompts: Path, *more: str) -> int:
         ("", (), "no lines"),
         ("{", (), "prompts.jsonl:1: not JSON"),
         ("[]", (), "prompts.jsonl:1: not a JSON object"),
-        ('{"id": "a"}', (), 'prompts.jsonl:1: a prompt needs "id" (a string) and "messages"'),
+        ('{"id": "a"}', (), 'prompts.jsonl:1: a prompt needs "messages" (a list)'),
         (
             '{"id": "a", "messages": []}\n{"id": "a", "messages": []}',
             (),

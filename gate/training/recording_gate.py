@@ -72,14 +72,13 @@ def uniform_gate(experts: list[str], vocabulary_hash: str, top_k: int) -> tuple[
     return UniformGate(), contract
 
 
-def is_recording(path: Path) -> bool:
-    """Whether the checkpoint at `path` is a recording gate. Raises CheckpointError."""
-    return bool(checkpoint.load(path).module.original_name == RecordingGate.__name__)
-
-
 def wrap(inner: Any, contract: Contract, hidden_sizes: list[int], path: Path) -> None:
     """Write a recording gate around a gate (a module, or a loaded checkpoint's) with this contract."""
     recording = msgspec.structs.replace(
-        contract, inputs=["topk", "hidden"], hidden_sizes=hidden_sizes, projected_size=max(hidden_sizes)
+        contract,
+        inputs=["topk", "hidden"],
+        hidden_sizes=hidden_sizes,
+        projected_size=max(hidden_sizes),
+        recording=True,
     )
     checkpoint.save(RecordingGate(inner, hidden_sizes), recording, path)
