@@ -42,6 +42,7 @@ from server.wire.supervisor import CoordinatorReady, ExpertUp, RemoteNote, Resta
 Answer = TypeVar("Answer", bound=Message)
 
 _END_SECONDS = 15.0
+_END_UNREADY_SECONDS = 0.5
 _LOOK_SECONDS = 1.0
 
 
@@ -69,6 +70,7 @@ class LocalDeployment:
         self._config = config
         self._children = Children()
         self._kept = contextlib.ExitStack()
+        self._ready = False
 
     def __enter__(self) -> Self:
         directory = self._kept.enter_context(private_directory())
@@ -95,7 +97,7 @@ class LocalDeployment:
     def close(self) -> None:
         """Stop every process and wait for it."""
         self._control.send(Stop())
-        self._children.reap(_END_SECONDS)
+        self._children.reap(_END_SECONDS if self._ready else _END_UNREADY_SECONDS)
         self._api.close()
         self._control.close()
         self._kept.close()
@@ -172,6 +174,7 @@ class LocalDeployment:
             self._children.check()
             if time.monotonic() > deadline:
                 raise StartError(f"not ready after {self._config.limits.start_seconds:g} s{note}")
+        self._ready = True
 
     @staticmethod
     def _note(message: ToApi, results: dict[int, Generated]) -> int:
