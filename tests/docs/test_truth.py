@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from server.cli import main
+from server.config import parse_config
 from tests.support.paths import ROOT
 
 DOCUMENTS = [
@@ -42,6 +44,16 @@ def test_links_between_documents_lead_somewhere(document: Path) -> None:
         r"\]\(([^)#:\s]+)(?:#[^)]*)?\)|(?:src|srcset)=\"([^\"]+)\"", document.read_text(encoding="utf-8")
     )
     assert not [link for pair in links for link in pair if link and not (document.parent / link).exists()]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=ids)
+def test_configurations_that_a_document_shows_are_valid(document: Path) -> None:
+    for block in re.findall(
+        r"^```yaml[^\n]*\n(.*?)^```$", document.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    ):
+        data = None if block.startswith("--8<--") else yaml.safe_load(block)
+        if data and "experts" in data:
+            parse_config({"name": "n", **data}, directory=Path())
 
 
 def commands() -> Iterator[tuple[str, str]]:
