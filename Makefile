@@ -9,7 +9,7 @@ serve: .venv/ready
 	@$(BIN)/polylogit serve deploy/demo/polylogit.yaml
 
 test: .venv/ready-to-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --durations 20
 
 test-fast: .venv/ready-to-test
 	$(BIN)/python -m pytest -m "not e2e"

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+
+# Before anything imports torch. Threads that share a core with engines spin while they wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +23,23 @@ def _logging_as_at_start() -> Iterator[None]:
     handlers = root.handlers[:]
     yield
     root.handlers[:] = handlers
+
+
+def pytest_configure() -> None:
+    """What imports make stays: to look for garbage among it takes a third of the time until the first test."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from tests.support.scheduling import Scheduler
+
+    return Scheduler(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from server.config import parse_config
 from server.launch.local import LocalDeployment
-from tests.support import compose, demo, gates
+from tests.support import compose, demo, gates, lost_expert, scheduling
 from tests.support.oracle.reference import Reference
 from tests.support.serving import Served, serve
 
@@ -18,6 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.e2e)
+    scheduling.check(items)
 
 
 @pytest.fixture(scope="session")
@@ -73,3 +74,16 @@ def demo_server() -> Iterator[Served]:
     service = compose.load("compose.yaml")["services"]["demo"]
     with serve([*compose.command(service), "--host", "127.0.0.1"], service["environment"]) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def waiting_server() -> Iterator[Served]:
+    """Two experts; when one is lost, answers wait until it is back."""
+    with serve(lost_expert.configuration("wait")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def undisturbed(waiting_server: Served) -> lost_expert.Undisturbed:
+    answer = lost_expert.Answer(waiting_server).read()
+    return lost_expert.Undisturbed(answer, lost_expert.Crowd(waiting_server).texts())

@@ -27,10 +27,16 @@ ROOT = demo.DEMO.parents[1]
 HARNESS = demo.DEMO / "harness"
 PROMPTS = demo.DEMO / "prompts" / "test.jsonl"
 MODEL = "polylogit-demo"
-BENCH = (
-    "import argparse; from vllm.benchmarks import serve; parser = argparse.ArgumentParser();"
-    " serve.add_cli_args(parser); serve.main(parser.parse_args())"
-)
+BENCH = """
+import argparse, sys
+from vllm.benchmarks import serve
+parser = argparse.ArgumentParser()
+serve.add_cli_args(parser)
+common = sys.argv[1:]
+for backend, path in (("openai-chat", "/v1/chat/completions"), ("openai", "/v1/completions")):
+    own = ["--backend", backend, "--endpoint", path, "--result-filename", f"{backend}.json"]
+    serve.main(parser.parse_args([*common, *own]))
+"""
 SECONDS = 200
 Number = Annotated[int, Field(ge=0, le=99)]
 
@@ -46,14 +52,13 @@ def run(folder: Path, *arguments: str | Path) -> None:
 
 
 def test_the_benchmark_client_of_vllm(demo_server: Served, tmp_path: Path) -> None:
-    for backend, path in (("openai-chat", "/v1/chat/completions"), ("openai", "/v1/completions")):
-        run(
-            tmp_path,
-            *("-c", BENCH, "--backend", backend, "--endpoint", path, "--base-url", demo_server.url),
-            *("--model", MODEL, "--tokenizer", demo.model("math"), "--dataset-name", "random"),
-            *("--random-input-len", "32", "--random-output-len", "8", "--num-prompts", "6", "--ignore-eos"),
-            *("--save-result", "--result-dir", tmp_path, "--result-filename", f"{backend}.json"),
-        )
+    run(
+        tmp_path,
+        *("-c", BENCH, "--base-url", demo_server.url, "--model", MODEL, "--tokenizer", demo.model("math")),
+        *("--dataset-name", "random", "--random-input-len", "32", "--random-output-len", "8", "--num-prompts", "6"),
+        *("--ignore-eos", "--save-result", "--result-dir", tmp_path),
+    )
+    for backend in ("openai-chat", "openai"):
         result = json.loads((tmp_path / f"{backend}.json").read_text())
         assert (result["completed"], result["failed"], result["total_output_tokens"]) == (6, 0, 48)
 

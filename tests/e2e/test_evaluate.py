@@ -1,9 +1,8 @@
-"""`polylogit evaluate`, `report` and `explain` over the demo, served as these commands serve a configuration file."""
+"""`polylogit evaluate`, `report` and `explain` over the demo. test_walkthrough has one over a configuration file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,14 @@ from server.cli import main
 from server.errors import StartError
 from server.launch.served import served
 from tests.support import demo
+from tests.support.serving import Served
 
 MODELS = ["polylogit-demo:math=math", "polylogit-demo:gate=gate"]
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with served(demo.DEMO / "polylogit.yaml") as found:
-        yield found
+@pytest.fixture
+def url(demo_server: Served) -> str:
+    return demo_server.url
 
 
 @pytest.fixture(scope="module")

@@ -7,22 +7,12 @@ import random
 import signal
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import openai
 import pytest
 
-from tests.support import demo
-from tests.support.serving import Served, serve, until
-
-EXPERTS = ["math", "text"]
-LOST = "text"  # the one that is started last, so that its process is the youngest, restarted or not
-TOKENS = 300
-OTHERS = 7
-TICK_SECONDS = 4.0
-RESTART_SECONDS = 90.0
-MESSAGES = [{"role": "user", "content": "Reverse the word planet."}]
+from tests.support.lost_expert import LOST, OTHERS, TOKENS, Answer, Crowd, Undisturbed, configuration, wait_back
+from tests.support.serving import Served, serve
 
 
 @pytest.fixture
@@ -31,45 +21,10 @@ def chance() -> random.Random:
     return random.Random()
 
 
-def deployment(on_expert_loss: str) -> dict[str, Any]:
-    return demo.configuration(
-        experts=EXPERTS,
-        on_expert_loss=on_expert_loss,
-        limits={"tick_seconds": TICK_SECONDS, "grace_seconds": 10},
-    )
-
-
 @pytest.fixture
 def server(request: pytest.FixtureRequest) -> Iterator[Served]:
-    with serve(deployment(request.param)) as server:
+    with serve(configuration(request.param)) as server:
         yield server
-
-
-class Answer:
-    """An answer as it streams: `text`, `reason`, and the expert weights token by token."""
-
-    def __init__(self, server: Served, messages: list[dict[str, str]] = MESSAGES) -> None:
-        self.text, self.reason = "", None
-        self.weights: list[dict[str, float]] = []
-        self._chunks = iter(
-            server.openai.with_options(timeout=RESTART_SECONDS).chat.completions.create(
-                model="demo",
-                messages=messages,
-                temperature=0,
-                max_tokens=TOKENS,
-                stream=True,
-                extra_body={"ignore_eos": True, "expert_weights": True},
-            )
-        )
-
-    def read(self, tokens: int = TOKENS) -> Answer:
-        """Go on until `tokens` have come, or to the end."""
-        while len(self.weights) < tokens and (chunk := next(self._chunks, None)) is not None:
-            choice = chunk.choices[0]
-            self.text += choice.delta.content or ""
-            self.weights += getattr(choice, "expert_weights", None) or []
-            self.reason = choice.finish_reason or self.reason
-        return self
 
 
 def strike(server: Served, what: signal.Signals, chance: random.Random) -> tuple[Answer, int]:
@@ -82,48 +37,18 @@ def strike(server: Served, what: signal.Signals, chance: random.Random) -> tuple
     return answer, victim
 
 
-def back(server: Served, restarts: int) -> bool:
-    """Whether the lost expert was restarted and the server is ready again."""
-    metrics = server.metrics()
-    label = f"{{expert={LOST}}}"
-    return (
-        metrics[f"polylogit_expert_restarts_total{label}"] == restarts
-        and metrics[f"polylogit_expert_up{label}"] == 1
-        and server.http.get("/health/ready").status_code == 200
-    )
-
-
-def wait_back(server: Served, restarts: int) -> None:
-    until(lambda: back(server, restarts), limit=RESTART_SECONDS, what=f"{LOST} is up again, restarts {restarts}")
-    assert server.metrics()[f"polylogit_expert_restarts_total{{expert={EXPERTS[0]}}}"] == 0
-
-
-class Crowd:
-    """Other answers that stream at the same time, each read by a thread of its own."""
-
-    def __init__(self, server: Served) -> None:
-        self._pool = ThreadPoolExecutor(OTHERS)
-        self._texts = [
-            self._pool.submit(lambda messages: Answer(server, messages).read().text, messages)
-            for messages in demo.conversations(OTHERS)
-        ]
-
-    def texts(self) -> list[str]:
-        with self._pool:
-            return [text.result(timeout=RESTART_SECONDS) for text in self._texts]
-
-
-@pytest.mark.parametrize("server", ["wait"], indirect=True)
-def test_wait_continues_as_if_nothing_had_happened(server: Served, chance: random.Random) -> None:
-    undisturbed, others = Answer(server).read(), Crowd(server).texts()
-    assert (undisturbed.reason, len(undisturbed.weights)) == ("length", TOKENS)
-    assert len(set(others)) == OTHERS
+def test_wait_continues_as_if_nothing_had_happened(
+    waiting_server: Served, undisturbed: Undisturbed, chance: random.Random
+) -> None:
+    server, alone = waiting_server, undisturbed.answer
+    assert (alone.reason, len(alone.weights)) == ("length", TOKENS)
+    assert len(set(undisturbed.others)) == OTHERS
     for restarts, what in enumerate((signal.SIGKILL, signal.SIGSTOP), start=1):
         crowd = Crowd(server)
         answer, victim = strike(server, what, chance)
         answer.read()
-        assert (answer.text, answer.reason) == (undisturbed.text, "length")
-        assert crowd.texts() == others
+        assert (answer.text, answer.reason) == (alone.text, "length")
+        assert crowd.texts() == undisturbed.others
         assert all(weights[LOST] == 0.5 for weights in answer.weights)
         wait_back(server, restarts)
         assert victim not in server.experts()

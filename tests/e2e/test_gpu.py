@@ -22,8 +22,8 @@ from server.config import parse_config
 from server.launch.local import Generated, LocalDeployment
 from server.policy import Gate, Perplexity, Policy, Uniform
 from server.request import FinishReason, SequenceRequest
-from tests.e2e.test_faults import Answer, back
 from tests.support import demo, gates
+from tests.support.lost_expert import Answer, back
 from tests.support.oracle import rules
 from tests.support.oracle.compare import compare, first_difference
 from tests.support.oracle.reference import Decoded, Reference
@@ -72,7 +72,7 @@ def deployment(whole_gate: dict[str, str]) -> Iterator[LocalDeployment]:
 
 
 @pytest.fixture(scope="module")
-def cramped() -> Iterator[LocalDeployment]:
+def crowded() -> Iterator[LocalDeployment]:
     """Short lists with exact look-up; prompts are read 64 tokens a tick, so that experts with prompts of different
     lengths cannot keep step."""
     data = demo.configuration(
@@ -155,23 +155,23 @@ def test_perplexity_of_a_prompt(length: int, deployment: LocalDeployment, pair: 
     assert found == pytest.approx(weights, abs=0.01)
 
 
-def test_parked_sequences_and_short_lists_give_the_same_tokens(cramped: LocalDeployment, pair: Reference) -> None:
+def test_parked_sequences_and_short_lists_give_the_same_tokens(crowded: LocalDeployment, pair: Reference) -> None:
     rows = uneven(pair, 12)
     requests = [greedy(row, Uniform(), TOKENS) for row in rows]
-    results, stats = cramped.generate(requests), cramped.stats()
+    results, stats = crowded.generate(requests), crowded.stats()
     assert_equal(requests, results, pair.decode(rows, HALF, TOKENS))
     assert stats.parked and stats.readded and stats.phase_seconds["look_up"] > 0
 
 
-def test_a_grammar_holds_through_parking(cramped: LocalDeployment, pair: Reference) -> None:
+def test_a_grammar_holds_through_parking(crowded: LocalDeployment, pair: Reference) -> None:
     grammar = json_grammar(SCHEMA)
     requests = [
         sampled(row, Uniform(), 64, seed=number, stop_token_ids=[demo.EOS], grammar=grammar)
         for number, row in enumerate(uneven(pair, 7))
     ]
-    before = cramped.stats().readded
-    results = cramped.generate(requests)
-    assert cramped.stats().readded > before
+    before = crowded.stats().readded
+    results = crowded.generate(requests)
+    assert crowded.stats().readded > before
     for request in requests:
         ended = results[request.id].ended
         assert ended is not None and ended.reason is FinishReason.STOP, ended

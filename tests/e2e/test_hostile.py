@@ -16,7 +16,8 @@ import httpx
 import pytest
 
 from tests.support import demo
-from tests.support.serving import KEY, Served, serve, until
+from tests.support.refusals import refused
+from tests.support.serving import Served, until
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 QUESTION = [{"role": "user", "content": "Sum 94 and 77."}]
@@ -47,16 +48,6 @@ def resident(server: Served) -> int:
     """Bytes of memory in all processes of the server."""
     pages = [Path(f"/proc/{pid}/statm").read_text().split()[1] for pid in server.descendants()]
     return 4096 * sum(map(int, pages))
-
-
-def refused(response: httpx.Response, *statuses: int) -> dict[str, Any]:
-    """The error object of a refusal, which has all its fields and is short."""
-    assert response.status_code in (statuses or (400,)), response.text[:500]
-    assert len(response.content) < 20_000
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert "Traceback" not in error["message"] and "/site-packages/" not in error["message"]
-    return dict(error)
 
 
 def raw(server: Served, data: bytes) -> bytes:
@@ -198,7 +189,7 @@ TEMPLATES: list[dict[str, Any]] = [
 
 
 async def test_7_templates_and_long_bodies_leave_others_alone(demo_server: Served) -> None:
-    """How short the pauses of the event loop are, tests/server/api/overhead.py measures."""
+    """How short the pauses of the event loop are, `python -m tests.bench.api` measures."""
     longest = 0.0
     async with httpx.AsyncClient(base_url=demo_server.url, headers=demo_server.headers, timeout=60) as client:
 
@@ -216,25 +207,6 @@ async def test_7_templates_and_long_bodies_leave_others_alone(demo_server: Serve
             refused(await client.post(CHAT, json=body))
         probing.cancel()
     assert 0 < longest < SLACK_SECONDS
-
-
-WRONG_KEYS = ["", "Bearer", "Bearer x", "Bearer NONE", "Bearer second-key", "Basic none", "none", "Bearer none none"]
-
-
-def test_8_keys(tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text(f"{KEY}\nSecond-Key\n", encoding="utf-8")
-    guarded = demo.configuration(experts=["math"], http={"api_keys_file": str(tmp_path / "keys")})
-    with serve(guarded) as server:
-        for header in WRONG_KEYS:
-            with httpx.Client(base_url=server.url, headers={"authorization": header} if header else {}) as client:
-                for path in ("/v1/models", "/metrics", "/openapi.json", "/docs", "/nothing"):
-                    assert refused(client.get(path), 401)["type"] == "authentication_error"
-                assert refused(client.post(CHAT, json={"messages": QUESTION}), 401)["code"] == "invalid_api_key"
-                assert client.get("/health/live").status_code == client.get("/health/ready").status_code == 200
-        for key in (KEY, "Second-Key"):
-            assert httpx.get(f"{server.url}/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
-        assert server.chat()["choices"][0]["message"]["content"] == "171"
-        assert "Second-Key" not in server.errors() and "second-key" not in server.errors()
 
 
 async def test_9_two_hundred_clients_leave(demo_server: Served) -> None:

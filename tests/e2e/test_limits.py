@@ -4,6 +4,7 @@ keys, short time limits, an origin, and a chat template that reads an argument."
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -12,20 +13,29 @@ import httpx
 import pytest
 
 from tests.support import demo
+from tests.support.refusals import refused
 from tests.support.serving import KEY, Served, serve, until
 
 CHAT = "/v1/chat/completions"
-OTHER_KEY = "another"
+OTHER_KEY = "Second-Key"
+WRONG_KEYS = ["", "Bearer", "Bearer x", "Bearer NONE", "Bearer second-key", "Basic none", "none", "Bearer none none"]
 ORIGIN = "https://page.example"
-LONG: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 900, "ignore_eos": True}
+LONG: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 400, "ignore_eos": True}
 SHORT: dict[str, Any] = {**LONG, "max_tokens": 2}
+
+
+def template() -> str:
+    """The expert's own, unless the argument is there."""
+    own = json.loads((demo.model("math") / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
+    asked = "{{ messages[-1].content }}|{{ enable_thinking }}|"
+    return f"{{% if enable_thinking is defined %}}{asked}{{% else %}}{own}{{% endif %}}"
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("limits")
     (folder / "keys").write_text(f"{KEY}\n{OTHER_KEY}\n", encoding="utf-8")
-    (folder / "template").write_text("{{ messages[-1].content }}|{{ enable_thinking }}|", encoding="utf-8")
+    (folder / "template").write_text(template(), encoding="utf-8")
     http = {"keepalive_seconds": 0.1, "write_seconds": 1.0, "cors_origins": [ORIGIN]}
     data = demo.configuration(
         experts=["math"],
@@ -57,8 +67,8 @@ async def waiting(server: Served, count: int) -> None:
     await asyncio.to_thread(until, so, limit=60, what=f"{count} in the queue")
 
 
-def refused(response: httpx.Response, status: int, kind: str) -> None:
-    assert (response.status_code, response.json()["error"]["type"]) == (status, kind), response.text
+def sent_away(response: httpx.Response, status: int, kind: str) -> None:
+    assert refused(response, status)["type"] == kind
     assert int(response.headers["retry-after"]) > 0
 
 
@@ -68,8 +78,8 @@ async def test_the_queue_and_the_key_have_limits_and_who_waits_sees_a_sign_of_li
         await waiting(server, 0)
         running += [asyncio.create_task(lines(one, **SHORT)) for _ in range(2)]
         await waiting(server, 2)
-        refused(await one.post(CHAT, json=SHORT), 429, "rate_limit_error")
-        refused(await other.post(CHAT, json=SHORT), 503, "overloaded_error")
+        sent_away(await one.post(CHAT, json=SHORT), 429, "rate_limit_error")
+        sent_away(await other.post(CHAT, json=SHORT), 503, "overloaded_error")
         first, *queued = await asyncio.gather(*running)
     assert first[-2:] == ["data: [DONE]", ""]
     for stream in queued:
@@ -101,6 +111,19 @@ def test_chat_template_kwargs(server: Served) -> None:
         assert bytes(tokens) == f"x|{value}|".encode()
         answer = server.chat(**SHORT, chat_template_kwargs={"enable_thinking": value}, return_token_ids=True)
         assert answer["prompt_token_ids"] == tokens
+
+
+def test_keys(server: Served) -> None:
+    for header in WRONG_KEYS:
+        with httpx.Client(base_url=server.url, headers={"authorization": header} if header else {}) as client:
+            for path in ("/v1/models", "/metrics", "/openapi.json", "/docs", "/nothing"):
+                assert refused(client.get(path), 401)["type"] == "authentication_error"
+            assert refused(client.post(CHAT, json=SHORT), 401)["code"] == "invalid_api_key"
+            assert client.get("/health/live").status_code == client.get("/health/ready").status_code == 200
+    for key in (KEY, OTHER_KEY):
+        assert httpx.get(f"{server.url}/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
+    assert server.chat()["choices"][0]["message"]["content"] == "171"
+    assert OTHER_KEY not in server.errors() and OTHER_KEY.lower() not in server.errors()
 
 
 def test_other_origins(server: Served) -> None:

@@ -10,28 +10,16 @@ from pathlib import Path
 import pytest
 
 from server.launch.local import LocalDeployment
-from server.policy import Gate, Policy, Product, Uniform, Weights
-from tests.support import demo, gates
-from tests.support.oracle import rules
+from tests.support import demo
+from tests.support.oracle.cases import FUSED
 from tests.support.oracle.compare import compare
-from tests.support.oracle.reference import Reference, Rule
+from tests.support.oracle.reference import Reference
 from tests.support.sequences import greedy
 
 PROMPTS = 100
 TOKENS = 48
 MOST_TIES = 5
 SYSTEM = "You are a careful assistant. Answer in as few words as you can."
-WEIGHTS = {"math": 0.5, "text": 0.2, "chat": 0.3}
-UNEVEN = {"math": 1.3, "text": -0.4, "chat": 0.6}
-
-CASES: dict[str, tuple[Policy, Callable[[Path], Rule]]] = {
-    "uniform-logprob": (Uniform(), lambda _: rules.log_linear([1 / 3] * 3)),
-    "uniform-prob": (Uniform(space="prob"), lambda _: rules.linear([1 / 3] * 3)),
-    "weights-prob": (Weights(WEIGHTS, space="prob"), lambda _: rules.linear(list(WEIGHTS.values()))),
-    "weights-signed": (Weights(UNEVEN), lambda _: rules.log_linear(list(UNEVEN.values()))),
-    "product": (Product(), lambda _: rules.log_linear([1.0] * 3)),
-    "gate": (Gate(), lambda gate: rules.GateRule(gate, gates.STATE)),
-}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +33,7 @@ def prompts(reference: Reference) -> list[list[list[int]]]:
     return rows
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", FUSED)
 def test_greedy_tokens_equal_transformers(
     case: str,
     whole: LocalDeployment,
@@ -54,7 +42,7 @@ def test_greedy_tokens_equal_transformers(
     prompts: list[list[list[int]]],
     record_property: Callable[[str, object], None],
 ) -> None:
-    policy, make_rule = CASES[case]
+    policy, make_rule = FUSED[case]
     requests = [greedy(row, policy, TOKENS) for row in prompts]
     results = whole.generate(requests)
     served = [results[request.id].tokens for request in requests]

@@ -12,9 +12,9 @@ import torch
 from server import policy as policies
 from server.launch.local import LocalDeployment
 from server.policy import Contrastive, FusionRoute, Perplexity, Policy, Proxy, Select, Single
-from tests.e2e import test_oracle
 from tests.support import demo, gates
 from tests.support.oracle import rules
+from tests.support.oracle.cases import FUSED
 from tests.support.oracle.compare import TIE, compare, first_difference
 from tests.support.oracle.reference import Reference, Rule
 from tests.support.sequences import greedy
@@ -100,5 +100,5 @@ def test_temperatures_of_single_experts(
 
 
 def test_every_policy_is_compared_somewhere() -> None:
-    compared = {type(policy) for policy, _ in (*CASES.values(), *test_oracle.CASES.values())} | {Perplexity}
+    compared = {type(policy) for policy, _ in (*CASES.values(), *FUSED.values())} | {Perplexity}
     assert compared == set(typing.get_args(policies.Policy))

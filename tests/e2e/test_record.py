@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from gate.training import records
 from gate.training.records import open_shard, read_manifest, shards
@@ -17,6 +18,7 @@ from tests.support import demo
 from tests.support.oracle.reference import Reference
 
 PROMPTS = 6
+EXPERTS = ["math", "chat"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,9 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def record(prompts: Path, output: Path, *more: str) -> int:
-    command = ["record", str(demo.DEMO / "polylogit.yaml"), "--prompts", str(prompts), "--grader", "exact", "--answers"]
+    config = prompts.with_name("polylogit.yaml")
+    config.write_text(yaml.safe_dump(demo.configuration(experts=EXPERTS, top_k=32)), encoding="utf-8")
+    command = ["record", str(config), "--prompts", str(prompts), "--grader", "exact", "--answers"]
     return main(["--log-level", "error", *command, "--output", str(output), "--max-tokens", "24", *more])
 
 
@@ -49,7 +53,7 @@ def responses(directory: Path) -> dict[int, dict[str, Any]]:
                 "reward": float(arrays["rewards"][row]),
                 **{
                     name: arrays[name][end - length : end]
-                    for name in ("tokens", "topk_ids", "topk_logprobs", *(f"hidden.{i}" for i in range(3)))
+                    for name in ("tokens", "topk_ids", "topk_logprobs", *(f"hidden.{i}" for i in range(len(EXPERTS))))
                 },
             }
     return found
@@ -64,7 +68,7 @@ def test_records_are_what_the_experts_show_and_interruptions_change_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "records"
-    monkeypatch.setattr(records, "SHARD_BYTES", 40_000)
+    monkeypatch.setattr(records, "SHARD_BYTES", 20_000)
     policies = ("--policies", "math,chat,uniform")
     assert record(prompts, output, *policies) == 0
     whole = responses(output)
@@ -100,12 +104,13 @@ def check_against(reference: Reference, row: dict[str, Any], found: dict[str, An
     assert found["reward"] == float(tokens[-1] == demo.EOS and text.strip() == row["answer"])
     if source == "answer":
         assert found["reward"] == 1.0
-    for expert in range(3):
+    for expert, name in enumerate(EXPERTS):
+        number = demo.EXPERTS.index(name)
         listed = torch.from_numpy(found["topk_ids"][:, expert].astype(np.int64))
-        expected = logprobs[expert].gather(1, listed)
+        expected = logprobs[number].gather(1, listed)
         shown = torch.from_numpy(found["topk_logprobs"][:, expert].astype(np.float64))
         torch.testing.assert_close(shown, expected, atol=5e-3, rtol=5e-3)
         assert (shown.diff(dim=1) <= 0).all()
         hidden = torch.from_numpy(found[f"hidden.{expert}"].astype(np.float32))
-        again = reference.models[expert].lm_head(hidden).log_softmax(-1).double()
+        again = reference.models[number].lm_head(hidden).log_softmax(-1).double()
         torch.testing.assert_close(again.gather(1, listed).detach(), expected, atol=2e-2, rtol=2e-2)

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.e2e.test_faults import EXPERTS, RESTART_SECONDS, Answer, Crowd
 from tests.support import demo, processes
 from tests.support.hosts import free_port
+from tests.support.lost_expert import EXPERTS, RESTART_SECONDS, Answer, Crowd, Undisturbed, configuration
 from tests.support.serving import POLYLOGIT, Served, serve, until
 
 AWAY = EXPERTS[-1]
@@ -74,11 +74,9 @@ class Hosts:
         self.address = f"127.0.0.1:{free_port()}"
         key = directory / "key"
         key.write_text("0123456789abcdef" * 2 + "\n")
-        # Cores are named, so that an expert has as many as in the deployment on one host: sums are rounded alike.
-        cpus = [min(os.sched_getaffinity(0))]
-        self.local = demo.configuration(experts=EXPERTS, expert={"cpus": cpus}, http={"port": 0})
-        self.data: dict[str, Any] = {**self.local, "cluster_key_file": str(key)}
-        self.data["experts"] = [*self.local["experts"][:-1], {**self.local["experts"][-1], "address": self.address}]
+        one_host = configuration("wait")
+        self.data: dict[str, Any] = {**one_host, "cluster_key_file": str(key), "http": {"port": 0}}
+        self.data["experts"] = [*one_host["experts"][:-1], {**one_host["experts"][-1], "address": self.address}]
         self.file = directory / "polylogit.yaml"
         self.file.write_text(yaml.safe_dump(self.data), encoding="utf-8")
         self.started: list[Elsewhere] = []
@@ -109,14 +107,13 @@ def health(server: Served) -> tuple[int, str]:
     return response.status_code, response.text
 
 
-def test_a_worker_elsewhere_dies_in_the_middle_and_comes_back(hosts: Hosts) -> None:
-    with serve(hosts.local) as server:
-        undisturbed, others = Answer(server).read(), Crowd(server).texts()
+def test_a_worker_elsewhere_dies_in_the_middle_and_comes_back(hosts: Hosts, undisturbed: Undisturbed) -> None:
+    alone = undisturbed.answer
     there = hosts.start()
     with serve(hosts.data) as server:
         assert f"expert {AWAY}: connected to {hosts.address}" in server.errors()
         answer = Answer(server).read()
-        assert (answer.text, answer.weights) == (undisturbed.text, undisturbed.weights)
+        assert (answer.text, answer.weights) == (alone.text, alone.weights)
         crowd = Crowd(server)
         answer = Answer(server).read(40)
         os.kill(there.worker(), signal.SIGKILL)
@@ -124,8 +121,8 @@ def test_a_worker_elsewhere_dies_in_the_middle_and_comes_back(hosts: Hosts) -> N
         assert f"polylogit: error: expert {AWAY}: ended with exit code -9" in there.text()
         until(lambda: health(server)[0] == 503, limit=10, what="not ready")
         there = hosts.start()
-        assert (answer.read().text, answer.reason) == (undisturbed.text, "length")
-        assert crowd.texts() == others
+        assert (answer.read().text, answer.reason) == (alone.text, "length")
+        assert crowd.texts() == undisturbed.others
         assert server.metrics()[f"polylogit_expert_restarts_total{{expert={AWAY}}}"] == 1
         assert health(server)[0] == 200
         assert "not reached" in hosts.run("check", str(hosts.file))

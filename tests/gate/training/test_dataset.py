@@ -7,8 +7,8 @@ from safetensors.numpy import load_file, save_file
 
 from gate.training import dataset, records
 from gate.training.records import MANIFEST, RecordError, shards
-from tests.gate.training.test_records import MANIFEST as MADE
-from tests.gate.training.test_records import response, written
+from tests.support.records import MANIFEST as MADE
+from tests.support.records import response, written
 
 
 def test_all_shards_are_one(tmp_path, monkeypatch):

@@ -6,39 +6,13 @@ import asyncio
 import os
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
 
 from tests.support.api.deployment import write_model
 from tests.support.api.fake import FakeCoordinator
-
-CONFIG = """
-name: solo
-experts: [{name: math, model: model}]
-"""
-CODE = """
-import socket, sys
-from pathlib import Path
-from server.api.process import run
-from server.config import load_config
-from server.errors import StartError
-try:
-    run(load_config(Path(sys.argv[1])), sys.argv[2], socket.socket(fileno=int(sys.argv[3])))
-except StartError as error:
-    sys.exit(f"one line: {error}")
-assert not {"torch", "vllm", "transformers"} & set(sys.modules)
-"""
-
-
-def start(folder: Path, listener: socket.socket) -> subprocess.Popen[str]:
-    (folder / "solo.yaml").write_text(CONFIG)
-    arguments = [str(folder / "solo.yaml"), f"{folder}/api", str(listener.fileno())]
-    return subprocess.Popen(
-        [sys.executable, "-c", CODE, *arguments], pass_fds=[listener.fileno()], stderr=subprocess.PIPE, text=True
-    )
+from tests.support.api.process import start
 
 
 async def test_serves_until_stop(tmp_path: Path) -> None:

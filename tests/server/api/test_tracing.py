@@ -19,9 +19,9 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from server.api.tracing import tracer_provider
 from server.errors import StartError
-from tests.server.api import test_process
 from tests.support.api.deployment import deployment, ids, write_model
 from tests.support.api.fake import FakeCoordinator, Script, failure
+from tests.support.api.process import start
 from tests.support.api.serving import Served, a_bug, served
 from tests.support.otlp import collector, values
 
@@ -190,16 +190,15 @@ async def test_spans_reach_a_collector(tmp_path: Path, monkeypatch: pytest.Monke
     write_model(tmp_path / "model")
     with collector() as receiver, socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
+        more = ""
         if by == "environment":
             monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
             monkeypatch.setenv("OTEL_SERVICE_NAME", "fusion")
         else:
-            monkeypatch.setattr(
-                test_process, "CONFIG", f"{test_process.CONFIG}tracing: {{endpoint: '{receiver.url}'}}\n"
-            )
+            more = f"tracing: {{endpoint: '{receiver.url}'}}\n"
         fake = FakeCoordinator(f"{tmp_path}/api")
         running = asyncio.create_task(fake.run())
-        process = test_process.start(tmp_path, listener)
+        process = start(tmp_path, listener, more)
         listener.listen()
         try:
             await fake.status()

@@ -3,25 +3,15 @@ what it comes to alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
 
 from server.policy import Product, Single, Uniform, Weights
 from server.request import SequenceRequest
 from tests.support.coordinator.harness import Deployment
-from tests.support.coordinator.reference import Alone, generate, shares
+from tests.support.coordinator.reference import HALF, assert_alone, generate, shares
 from tests.support.coordinator.requests import request
 from tests.support.fakes import Behaviour, FakeEngine, FakeModel
-
-HALF = shares([0.5, 0.5])
-
-
-def assert_alone(deployment: Deployment, requests: Sequence[SequenceRequest], expected: Sequence[Alone]) -> None:
-    for each, alone in zip(requests, expected, strict=True):
-        assert deployment.tokens[each.id] == alone.tokens
-        assert deployment.ended[each.id].reason == alone.reason
 
 
 def test_one_sequence_in_step(tmp_path, rng, models):

@@ -8,7 +8,7 @@ import pytest
 
 from server.coordinator.certificate import CERTAIN, OPEN, UNBOUNDED, certify
 from server.coordinator.fusion import combine, fill_tail
-from tests.server.coordinator.test_fusion import EXPERTS, ROWS, VOCABULARY, truncated
+from tests.support.coordinator.lists import EXPERTS, ROWS, VOCABULARY, truncated
 
 
 def verdicts(ids, logprobs, table, coefficients, prob_space) -> list[int]:

@@ -14,9 +14,8 @@ from server.policy import Contrastive, FusionRoute, Product, Select, Single, Uni
 from server.policy import Gate as GatePolicy
 from server.request import FinishReason
 from server.wire.supervisor import ExpertDown
-from tests.server.coordinator.test_alignment import HALF, assert_alone
 from tests.support.coordinator.harness import Deployment
-from tests.support.coordinator.reference import generate, shares
+from tests.support.coordinator.reference import HALF, assert_alone, generate, shares
 from tests.support.coordinator.requests import request
 from tests.support.fakes import HIDDEN, Behaviour, FakeEngine, FakeModel
 

@@ -9,9 +9,8 @@ import pytest
 
 from server.policy import Perplexity
 from server.request import MAX_PRIORITY, FinishReason
-from tests.server.coordinator.test_alignment import HALF, assert_alone
 from tests.support.coordinator.harness import Deployment
-from tests.support.coordinator.reference import cross_entropy, generate, shares
+from tests.support.coordinator.reference import HALF, assert_alone, cross_entropy, generate, shares
 from tests.support.coordinator.requests import request
 from tests.support.fakes import Behaviour, FakeEngine
 

@@ -10,8 +10,7 @@ from server.policy import Single
 from server.remote.agreement import Offer, Terms, offer
 from server.remote.dialer import Dialer
 from server.request import FinishReason
-from tests.server.coordinator.test_alignment import HALF, assert_alone
-from tests.support.coordinator.reference import generate, shares
+from tests.support.coordinator.reference import HALF, assert_alone, generate, shares
 from tests.support.coordinator.requests import request
 from tests.support.fakes import Behaviour, FakeEngine, FakeModel
 from tests.support.hosts import KEY, TwoHosts

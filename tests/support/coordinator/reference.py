@@ -14,6 +14,7 @@ import numpy as np
 from scipy.special import log_softmax, logsumexp
 
 from server.request import FinishReason, SamplingParams, SequenceRequest
+from tests.support.coordinator.harness import Deployment
 from tests.support.fakes import FakeModel
 
 MASK = 2**64 - 1
@@ -158,3 +159,14 @@ def _adjust(request: SequenceRequest, fused: dict[int, float], generated: list[i
             score *= sampling.repetition_penalty ** (-1 if score > 0 else 1)
         scores[token] = score - count * sampling.frequency_penalty - (count > 0) * sampling.presence_penalty
     return scores
+
+
+HALF = shares([0.5, 0.5])
+"""Two experts with equal weights."""
+
+
+def assert_alone(deployment: Deployment, requests: Sequence[SequenceRequest], expected: Sequence[Alone]) -> None:
+    """Each sequence of the deployment came to what it comes to alone."""
+    for each, alone in zip(requests, expected, strict=True):
+        assert deployment.tokens[each.id] == alone.tokens
+        assert deployment.ended[each.id].reason == alone.reason

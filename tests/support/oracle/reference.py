@@ -55,7 +55,6 @@ class Reference:
 
     def __init__(self, paths: list[Path]) -> None:
         logging.disable_progress_bar()
-        torch.set_num_threads(2)
         self.tokenizer = AutoTokenizer.from_pretrained(paths[0])
         self.models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in paths]
 
