@@ -17,10 +17,10 @@ from server.policy import Policy, Product, Uniform
 from server.tools.provenance import cpu_times, steal
 from tests.support import demo
 from tests.support.oracle import truncated
-from tests.support.oracle.reference import Reference
+from tests.support.oracle.huggingface import Reference
 from tests.support.paths import ROOT
 from tests.support.sequences import greedy
-from tests.support.teacher import Texts, served
+from tests.support.teacher_forcing import Texts, served
 
 REPORT = ROOT / "docs" / "benchmarks"
 SIZES = [8, 32, 128]

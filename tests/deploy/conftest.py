@@ -9,7 +9,7 @@ import pytest
 
 from server.config import parse_config
 from server.metrics.api import ApiMetrics, render
-from tests.support.api.fake import stats
+from tests.support.api.fake_coordinator import stats
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 from server.config import parse_config
 from server.launch.local import LocalDeployment
 from tests.support import compose, demo, gates, lost_expert, scheduling
-from tests.support.oracle.reference import Reference
-from tests.support.serving import Served, serve
+from tests.support.oracle.huggingface import Reference
+from tests.support.server_process import Served, serve
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

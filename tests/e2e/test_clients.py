@@ -21,7 +21,7 @@ from gate.evaluation.evaluate import answers
 from gate.evaluation.graders import load_grader
 from gate.evaluation.prompts import read_prompts
 from tests.support import demo
-from tests.support.serving import KEY, Served
+from tests.support.server_process import KEY, Served
 
 ROOT = demo.DEMO.parents[1]
 HARNESS = demo.DEMO / "harness"

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from tests.support import compose
-from tests.support.serving import Served, until
+from tests.support.server_process import Served, until
 
 HEALTHCHECK = compose.ROOT / "docker" / "healthcheck.py"
 

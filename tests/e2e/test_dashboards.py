@@ -18,7 +18,7 @@ from deploy.grafana.render import Prometheus, View, render, repeated
 from tests.support import demo
 from tests.support.paths import ROOT
 from tests.support.prometheus import scraping
-from tests.support.serving import Served, until
+from tests.support.server_process import Served, until
 
 DASHBOARDS = sorted((ROOT / "deploy" / "grafana" / "dashboards").glob("*.json"))
 CLIENTS = 4

@@ -14,7 +14,7 @@ from server.policy import Gate, Policy, Single, Uniform, participants
 from server.request import FinishReason, SequenceRequest
 from tests.support import demo, gates
 from tests.support.oracle import rules
-from tests.support.oracle.reference import Decision, Reference, Rule, Views
+from tests.support.oracle.huggingface import Decision, Reference, Rule, Views
 from tests.support.sequences import greedy
 
 PROMPTS = 12

@@ -12,7 +12,7 @@ from server.cli import main
 from server.errors import StartError
 from server.launch.served import served
 from tests.support import demo
-from tests.support.serving import Served
+from tests.support.server_process import Served
 
 MODELS = ["polylogit-demo:math=math", "polylogit-demo:gate=gate"]
 

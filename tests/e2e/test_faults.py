@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from tests.support.lost_expert import LOST, OTHERS, TOKENS, Answer, Crowd, Undisturbed, configuration, wait_back
-from tests.support.serving import Served, serve
+from tests.support.server_process import Served, serve
 
 
 @pytest.fixture

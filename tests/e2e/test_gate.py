@@ -13,7 +13,7 @@ from server.policy import Gate
 from tests.support import demo, gates
 from tests.support.oracle import rules
 from tests.support.oracle.compare import first_difference
-from tests.support.oracle.reference import Decision, Decoded, Reference, Views
+from tests.support.oracle.huggingface import Decision, Decoded, Reference, Views
 from tests.support.sequences import greedy
 
 PROMPTS = 30

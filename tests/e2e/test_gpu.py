@@ -26,9 +26,9 @@ from tests.support import demo, gates
 from tests.support.lost_expert import Answer, back
 from tests.support.oracle import rules
 from tests.support.oracle.compare import compare, first_difference
-from tests.support.oracle.reference import Decoded, Reference
+from tests.support.oracle.huggingface import Decoded, Reference
 from tests.support.sequences import greedy, sampled
-from tests.support.serving import Served, serve, until
+from tests.support.server_process import Served, serve, until
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]  # engines compile and capture before they answer
 

@@ -17,7 +17,7 @@ import pytest
 
 from tests.support import demo
 from tests.support.refusals import refused
-from tests.support.serving import Served, until
+from tests.support.server_process import Served, until
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 QUESTION = [{"role": "user", "content": "Sum 94 and 77."}]

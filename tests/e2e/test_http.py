@@ -17,8 +17,8 @@ from server import __version__
 from tests.support import demo, gates
 from tests.support.browser import CHROMIUM, FLAGS, needs_chromium
 from tests.support.oracle import rules, truncated
-from tests.support.oracle.reference import Reference
-from tests.support.serving import Served, serve, until
+from tests.support.oracle.huggingface import Reference
+from tests.support.server_process import Served, serve, until
 
 QUESTION = [{"role": "user", "content": "Sum 94 and 77."}]
 LONG = {"ignore_eos": True}

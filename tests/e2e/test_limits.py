@@ -14,7 +14,7 @@ import pytest
 
 from tests.support import demo
 from tests.support.refusals import refused
-from tests.support.serving import KEY, Served, serve, until
+from tests.support.server_process import KEY, Served, serve, until
 
 CHAT = "/v1/chat/completions"
 OTHER_KEY = "Second-Key"

@@ -11,7 +11,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from tests.support import demo
 from tests.support.otlp import collector, values
-from tests.support.serving import serve
+from tests.support.server_process import serve
 
 KEY = "sk-do-not-log-me"
 PROMPT = "Sum 94 and 77."

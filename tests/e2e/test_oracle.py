@@ -13,7 +13,7 @@ from server.launch.local import LocalDeployment
 from tests.support import demo
 from tests.support.oracle.cases import FUSED
 from tests.support.oracle.compare import compare
-from tests.support.oracle.reference import Reference
+from tests.support.oracle.huggingface import Reference
 from tests.support.sequences import greedy
 
 PROMPTS = 100

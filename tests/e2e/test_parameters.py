@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support import demo
-from tests.support.serving import Served
+from tests.support.server_process import Served
 
 LONG: dict[str, Any] = {"ignore_eos": True, "max_tokens": 12}
 FLAT: dict[str, Any] = {**LONG, "fusion": {"temperature": dict.fromkeys(demo.EXPERTS, 5.0)}}

@@ -16,7 +16,7 @@ from tests.support import demo, gates
 from tests.support.oracle import rules
 from tests.support.oracle.cases import FUSED
 from tests.support.oracle.compare import TIE, compare, first_difference
-from tests.support.oracle.reference import Reference, Rule
+from tests.support.oracle.huggingface import Reference, Rule
 from tests.support.sequences import greedy
 
 PROMPTS = 24

@@ -15,7 +15,7 @@ from gate.training import records
 from gate.training.records import open_shard, read_manifest, shards
 from server.cli import main
 from tests.support import demo
-from tests.support.oracle.reference import Reference
+from tests.support.oracle.huggingface import Reference
 
 PROMPTS = 6
 EXPERTS = ["math", "chat"]

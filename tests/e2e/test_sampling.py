@@ -13,7 +13,7 @@ from server.launch.local import LocalDeployment
 from server.policy import Gate, Policy, Uniform
 from server.request import SequenceRequest
 from tests.support import demo
-from tests.support.oracle.reference import Reference
+from tests.support.oracle.huggingface import Reference
 from tests.support.sequences import greedy, sampled
 
 DRAWS = 20_000

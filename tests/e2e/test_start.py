@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.support import demo, gates
-from tests.support.serving import POLYLOGIT
+from tests.support.server_process import POLYLOGIT
 
 SECONDS = 60
 

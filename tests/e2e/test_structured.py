@@ -15,7 +15,7 @@ from server.policy import Gate, Policy, Product, Single, Uniform
 from server.request import FinishReason
 from tests.support import demo, traffic
 from tests.support.sequences import again, sampled
-from tests.support.serving import Served, serve
+from tests.support.server_process import Served, serve
 
 ORDER: dict[str, Any] = {
     "type": "object",

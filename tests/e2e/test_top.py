@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 
 from tests.support import demo
-from tests.support.serving import POLYLOGIT, Served
+from tests.support.server_process import POLYLOGIT, Served
 
 
 def test_a_frame_of_a_real_server(demo_server: Served) -> None:

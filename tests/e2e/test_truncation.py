@@ -9,8 +9,8 @@ import torch
 from server.launch.local import LocalDeployment
 from server.policy import Policy, Uniform
 from tests.support.oracle import truncated
-from tests.support.oracle.reference import Reference
-from tests.support.teacher import Texts, served
+from tests.support.oracle.huggingface import Reference
+from tests.support.teacher_forcing import Texts, served
 
 PROMPTS = 40
 UNIFORM = [1 / 3] * 3

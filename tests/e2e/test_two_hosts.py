@@ -17,9 +17,9 @@ import pytest
 import yaml
 
 from tests.support import demo, processes
-from tests.support.hosts import free_port
 from tests.support.lost_expert import EXPERTS, RESTART_SECONDS, Answer, Crowd, Undisturbed, configuration
-from tests.support.serving import POLYLOGIT, Served, serve, until
+from tests.support.server_process import POLYLOGIT, Served, serve, until
+from tests.support.two_hosts import free_port
 
 AWAY = EXPERTS[-1]
 COMMAND_SECONDS = 120.0

@@ -16,7 +16,7 @@ from gate.contract import read_contract
 from gate.evaluation.evaluate import load_results
 from tests.support import demo
 from tests.support.paths import ROOT
-from tests.support.serving import POLYLOGIT
+from tests.support.server_process import POLYLOGIT
 
 GUIDE = ROOT / "docs" / "gate.md"
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"\n]*)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)

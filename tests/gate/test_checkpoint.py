@@ -6,7 +6,7 @@ import torch
 from gate import checkpoint
 from gate.contract import CheckpointError, read_contract
 from gate.model import GateModel
-from tests.support.examples import EXPERTS, HIDDEN, contract, topk
+from tests.support.gate_examples import EXPERTS, HIDDEN, contract, topk
 
 FAMILIES = [(inputs, state) for inputs in (("topk",), ("hidden",), ("topk", "hidden")) for state in (0, 6)]
 

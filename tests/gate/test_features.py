@@ -5,7 +5,7 @@ import math
 import torch
 
 from gate.features import feature_count, topk_features
-from tests.support.examples import EXPERTS, topk
+from tests.support.gate_examples import EXPERTS, topk
 
 
 def test_shape_and_finite_on_ordinary_lists():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gate.fuse import candidates, fuse, token_slots
-from tests.support.examples import VOCABULARY, topk
+from tests.support.gate_examples import VOCABULARY, topk
 
 
 @pytest.mark.parametrize("space", ["logprob", "prob"])

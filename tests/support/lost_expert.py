@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.support import demo
-from tests.support.serving import Served, until
+from tests.support.server_process import Served, until
 
 EXPERTS = ["math", "text"]
 LOST = EXPERTS[-1]  # the one that is started last, so that its process is the youngest, restarted or not

@@ -15,7 +15,7 @@ import yaml
 
 from deploy.grafana.render import Prometheus
 from tests.support.paths import ROOT
-from tests.support.serving import until
+from tests.support.server_process import until
 
 CONFIGURATION = ROOT / "deploy" / "prometheus" / "prometheus.yml"
 START_SECONDS = 60.0

@@ -6,7 +6,7 @@ import torch
 from gate import checkpoint
 from gate.baselines.ablate import Without
 from gate.model import GateModel
-from tests.support.examples import EXPERTS, HIDDEN, contract, topk
+from tests.support.gate_examples import EXPERTS, HIDDEN, contract, topk
 
 ROWS = 6
 

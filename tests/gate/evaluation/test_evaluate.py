@@ -20,7 +20,7 @@ from gate.evaluation.evaluate import (
 from gate.evaluation.graders import Exact
 from gate.evaluation.prompts import PromptsError, read_prompts
 from gate.evaluation.report import compare, join, markdown, plot, tabulate
-from tests.support.endpoint import cards, endpoint
+from tests.support.openai_endpoint import cards, endpoint
 
 ROWS = [
     {"id": "m1", "domain": "math", "messages": [{"role": "user", "content": "1+1"}], "answer": "2"},

@@ -18,7 +18,7 @@ from gate.training.objective import (
     token_logprobs,
 )
 from gate.training.refine import Refinement, refine, update
-from tests.support.examples import EXPERTS, VOCABULARY, contract, records, topk
+from tests.support.gate_examples import EXPERTS, VOCABULARY, contract, records, topk
 
 CPU = torch.device("cpu")
 

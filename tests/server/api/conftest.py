@@ -9,7 +9,7 @@ import pytest_asyncio
 from llguidance import LLTokenizer
 
 from tests.support.api.deployment import END, VOCABULARY, byte_tokenizer, deployment
-from tests.support.api.serving import Served, served
+from tests.support.api.in_process import Served, served
 
 
 @pytest_asyncio.fixture(scope="session")

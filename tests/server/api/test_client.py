@@ -14,7 +14,7 @@ from server.policy import Uniform
 from server.request import FinishReason, SequenceRequest
 from server.wire.api import Abort, Ended, FromApi, GetStats, Progress, Status, Submit, ToApi
 from server.wire.base import Stop
-from tests.support.api.fake import stats
+from tests.support.api.fake_coordinator import stats
 
 READY = Status(ready=True, draining=False, experts={})
 

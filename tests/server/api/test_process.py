@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 
 from tests.support.api.deployment import write_model
-from tests.support.api.fake import FakeCoordinator
+from tests.support.api.fake_coordinator import FakeCoordinator
 from tests.support.api.process import start
 
 

@@ -20,9 +20,9 @@ from opentelemetry.trace import SpanKind, StatusCode
 from server.api.tracing import tracer_provider
 from server.errors import StartError
 from tests.support.api.deployment import deployment, ids, write_model
-from tests.support.api.fake import FakeCoordinator, Script, failure
+from tests.support.api.fake_coordinator import FakeCoordinator, Script, failure
+from tests.support.api.in_process import Served, a_bug, served
 from tests.support.api.process import start
-from tests.support.api.serving import Served, a_bug, served
 from tests.support.otlp import collector, values
 
 PROMPT = "a most secret question"

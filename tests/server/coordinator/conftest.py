@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.support.fakes import FakeModel
+from tests.support.fake_engine import FakeModel
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import pytest
 
 from server.policy import Product, Single, Uniform, Weights
 from server.request import SequenceRequest
+from tests.support.coordinator.alone import HALF, assert_alone, generate, shares
 from tests.support.coordinator.harness import Deployment
-from tests.support.coordinator.reference import HALF, assert_alone, generate, shares
-from tests.support.coordinator.requests import request
-from tests.support.fakes import Behaviour, FakeEngine, FakeModel
+from tests.support.coordinator.random_requests import request
+from tests.support.fake_engine import Behaviour, FakeEngine, FakeModel
 
 
 def test_one_sequence_in_step(tmp_path, rng, models):

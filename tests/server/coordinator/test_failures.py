@@ -14,10 +14,10 @@ from server.policy import Contrastive, FusionRoute, Product, Select, Single, Uni
 from server.policy import Gate as GatePolicy
 from server.request import FinishReason
 from server.wire.supervisor import ExpertDown
+from tests.support.coordinator.alone import HALF, assert_alone, generate, shares
 from tests.support.coordinator.harness import Deployment
-from tests.support.coordinator.reference import HALF, assert_alone, generate, shares
-from tests.support.coordinator.requests import request
-from tests.support.fakes import HIDDEN, Behaviour, FakeEngine, FakeModel
+from tests.support.coordinator.random_requests import request
+from tests.support.fake_engine import HIDDEN, Behaviour, FakeEngine, FakeModel
 
 # --- an expert is lost ---
 

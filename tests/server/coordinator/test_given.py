@@ -10,8 +10,8 @@ from scipy.special import log_softmax, logsumexp
 
 from server.request import SequenceRequest
 from tests.support.coordinator.harness import Deployment
-from tests.support.coordinator.requests import request
-from tests.support.fakes import VOCABULARY, Behaviour, FakeEngine, FakeModel
+from tests.support.coordinator.random_requests import request
+from tests.support.fake_engine import VOCABULARY, Behaviour, FakeEngine, FakeModel
 
 
 def fused_logprobs(models: list[FakeModel], tokens: list[int]) -> list[float]:

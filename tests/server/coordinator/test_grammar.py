@@ -7,8 +7,8 @@ import pytest
 from server.policy import Contrastive, Product, Select, Single, Uniform, Weights
 from server.request import FinishReason
 from tests.support.coordinator.harness import Deployment
-from tests.support.coordinator.requests import request
-from tests.support.fakes import NO_GRAMMAR, VOCABULARY, Behaviour, FakeEngine
+from tests.support.coordinator.random_requests import request
+from tests.support.fake_engine import NO_GRAMMAR, VOCABULARY, Behaviour, FakeEngine
 
 STOP = 40
 WIDE = " ".join(map(str, range(20, 39)))

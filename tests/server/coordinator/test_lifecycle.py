@@ -9,10 +9,10 @@ import pytest
 
 from server.policy import Perplexity
 from server.request import MAX_PRIORITY, FinishReason
+from tests.support.coordinator.alone import HALF, assert_alone, cross_entropy, generate, shares
 from tests.support.coordinator.harness import Deployment
-from tests.support.coordinator.reference import HALF, assert_alone, cross_entropy, generate, shares
-from tests.support.coordinator.requests import request
-from tests.support.fakes import Behaviour, FakeEngine
+from tests.support.coordinator.random_requests import request
+from tests.support.fake_engine import Behaviour, FakeEngine
 
 
 def engines_of(models, **behaviour) -> list[FakeEngine]:

@@ -15,8 +15,8 @@ from server.policy import Gate, Single, Uniform
 from server.wire.api import GateLoaded, LoadGate, Recorded
 from tests.support import demo
 from tests.support.coordinator.harness import Deployment
-from tests.support.coordinator.requests import request
-from tests.support.fakes import HIDDEN, VOCABULARY, Behaviour, FakeEngine
+from tests.support.coordinator.random_requests import request
+from tests.support.fake_engine import HIDDEN, VOCABULARY, Behaviour, FakeEngine
 
 
 class Only(UniformGate):

@@ -10,7 +10,7 @@ from scipy import stats
 from scipy.special import log_softmax
 
 from server.coordinator.sampling import Penalties, Rules, choose, penalise, uniforms
-from tests.support.coordinator.reference import truncate, uniform
+from tests.support.coordinator.alone import truncate, uniform
 
 
 def rules(rows: int, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0) -> Rules:

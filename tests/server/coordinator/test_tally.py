@@ -14,8 +14,8 @@ from server.coordinator.tally import Sources, TokenTally
 from server.policy import Contrastive, Uniform, Weights
 from server.wire.stats import Histogram
 from tests.support.coordinator.harness import Deployment
-from tests.support.coordinator.requests import request
-from tests.support.fakes import FakeEngine
+from tests.support.coordinator.random_requests import request
+from tests.support.fake_engine import FakeEngine
 
 VOCABULARY = 8
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from server.coordinator.timings import Timings
 from server.policy import Single
 from tests.support.coordinator.harness import Deployment
-from tests.support.coordinator.requests import request
-from tests.support.fakes import Behaviour, FakeEngine
+from tests.support.coordinator.random_requests import request
+from tests.support.fake_engine import Behaviour, FakeEngine
 
 
 def test_each_moment_in_its_order(tmp_path, rng, models):

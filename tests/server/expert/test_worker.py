@@ -12,7 +12,7 @@ from scipy.special import log_softmax
 from server.expert.worker import Worker
 from server.wire.base import Stop
 from server.wire.expert import Add, Bare, BareDone, Gather, Gathered, Load, Ready, Report, Scored, Tick
-from tests.support.fakes import VOCABULARY, Behaviour, FakeEngine, FakeModel
+from tests.support.fake_engine import VOCABULARY, Behaviour, FakeEngine, FakeModel
 
 MODEL = FakeModel(0)
 Answer = Callable[["Script"], object]

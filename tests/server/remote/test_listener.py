@@ -22,9 +22,9 @@ from server.remote.dialer import Dialer
 from server.remote.listener import Listener
 from server.wire.api import Abort, FromApi, GetStats
 from server.wire.channel import ConnectedChannel
-from tests.support.fakes import FakeEngine, FakeModel
-from tests.support.hosts import KEY, Host, free_port, write_models
+from tests.support.fake_engine import FakeEngine, FakeModel
 from tests.support.paths import DEMO
+from tests.support.two_hosts import KEY, Host, free_port, write_models
 
 FACTS = {"top_k": "8"}
 

@@ -10,10 +10,10 @@ from server.policy import Single
 from server.remote.agreement import Offer, Terms, offer
 from server.remote.dialer import Dialer
 from server.request import FinishReason
-from tests.support.coordinator.reference import HALF, assert_alone, generate, shares
-from tests.support.coordinator.requests import request
-from tests.support.fakes import Behaviour, FakeEngine, FakeModel
-from tests.support.hosts import KEY, TwoHosts
+from tests.support.coordinator.alone import HALF, assert_alone, generate, shares
+from tests.support.coordinator.random_requests import request
+from tests.support.fake_engine import Behaviour, FakeEngine, FakeModel
+from tests.support.two_hosts import KEY, TwoHosts
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from gate.evaluation.explain import ExplainedAnswer, Token
 from server.cli import main
 from server.tools import explain, target
 from tests.support import demo
-from tests.support.endpoint import cards, endpoint
+from tests.support.openai_endpoint import cards, endpoint
 
 PROMPTS = '{"id": "1", "domain": "d", "messages": [{"role": "user", "content": "?"}], "answer": "!"}\n'
 

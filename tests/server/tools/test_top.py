@@ -19,7 +19,7 @@ from server.metrics.api import ApiMetrics, render
 from server.tools.top import watch as top
 from server.tools.top.frame import frame
 from server.tools.top.scrape import Change, Sample, Scraper
-from tests.support.api.fake import stats
+from tests.support.api.fake_coordinator import stats
 
 KEY = "the-key"
 EMPTY = Sample(0.0)

@@ -8,8 +8,8 @@ from llguidance import LLMatcher, LLTokenizer
 
 from server.request import SequenceRequest
 from tests.support.api.deployment import END, ids
-from tests.support.api.fake import Script
-from tests.support.api.serving import Served
+from tests.support.api.fake_coordinator import Script
+from tests.support.api.in_process import Served
 
 SCHEMA: dict[str, Any] = {
     "type": "object",

@@ -48,7 +48,7 @@ from server.wire.supervisor import (
     RestartExpert,
     ToSupervisor,
 )
-from tests.support.fakes import VOCABULARY, FakeEngine
+from tests.support.fake_engine import VOCABULARY, FakeEngine
 
 Answer = TypeVar("Answer")
 

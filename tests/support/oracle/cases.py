@@ -8,7 +8,7 @@ from pathlib import Path
 from server.policy import Gate, Policy, Product, Uniform, Weights
 from tests.support import gates
 from tests.support.oracle import rules
-from tests.support.oracle.reference import Rule
+from tests.support.oracle.huggingface import Rule
 
 WEIGHTS = {"math": 0.5, "text": 0.2, "chat": 0.3}
 UNEVEN = {"math": 1.3, "text": -0.4, "chat": 0.6}

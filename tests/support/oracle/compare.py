@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tests.support.oracle.reference import Decoded
+from tests.support.oracle.huggingface import Decoded
 
 TIE = 1e-4
 

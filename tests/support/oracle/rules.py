@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tests.support.oracle.reference import Decision, Rule, Views
+from tests.support.oracle.huggingface import Decision, Rule, Views
 
 NO_LIMIT = float("inf")
 

@@ -11,8 +11,8 @@ import pytest
 from openai import OpenAI
 
 from tests.support.api.deployment import ASSISTANT, BOS, END, STOP, SYSTEM, deployment, ids
-from tests.support.api.fake import Script
-from tests.support.api.serving import Served, served
+from tests.support.api.fake_coordinator import Script
+from tests.support.api.in_process import Served, served
 
 USER = [{"role": "user", "content": "Hi"}]
 

@@ -14,8 +14,8 @@ from server.errors import BadRequest
 from server.policy import Product, Single, Uniform, Weights
 from server.request import SamplingParams
 from tests.support.api.deployment import CONTEXT, VOCABULARY, deployment
-from tests.support.api.fake import Script
-from tests.support.api.serving import Served, served
+from tests.support.api.fake_coordinator import Script
+from tests.support.api.in_process import Served, served
 
 HOSTILE = 10**9
 

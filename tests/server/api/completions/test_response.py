@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from tests.support.api.deployment import deployment, ids
-from tests.support.api.fake import Script
-from tests.support.api.serving import Served, in_flight, served
+from tests.support.api.fake_coordinator import Script
+from tests.support.api.in_process import Served, in_flight, served
 
 CHAT = "/v1/chat/completions"
 

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from tests.support.api.deployment import BOS, CONTEXT, END, VOCABULARY, ids
-from tests.support.api.fake import Script
-from tests.support.api.serving import Served
+from tests.support.api.fake_coordinator import Script
+from tests.support.api.in_process import Served
 
 
 async def test_a_string(api: Served) -> None:

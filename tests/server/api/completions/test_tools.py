@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.api.deployment import END, SYSTEM, ids
-from tests.support.api.serving import Served
+from tests.support.api.in_process import Served
 from tests.support.api.tools import ADD, NOW, TOOLS, USER, WRONG, deep, says, schema_format, submitted
 
 

@@ -16,8 +16,8 @@ from server.api.http.middleware import Observed
 from server.logs import JsonLines
 from server.metrics.api import ApiMetrics
 from tests.support.api.deployment import ids
-from tests.support.api.fake import Script, failure
-from tests.support.api.serving import Served, a_bug
+from tests.support.api.fake_coordinator import Script, failure
+from tests.support.api.in_process import Served, a_bug
 
 PROMPT = "a most secret question"
 

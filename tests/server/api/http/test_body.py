@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.support.api.serving import Served
+from tests.support.api.in_process import Served
 
 CHAT = "/v1/chat/completions"
 USER = '"messages": [{"role": "user", "content": "x"}]'

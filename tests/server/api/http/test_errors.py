@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from tests.support.api.fake import Script, failure
-from tests.support.api.serving import Served
+from tests.support.api.fake_coordinator import Script, failure
+from tests.support.api.in_process import Served
 
 CHAT = "/v1/chat/completions"
 

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from tests.support.api.deployment import deployment
-from tests.support.api.serving import Served, served
+from tests.support.api.in_process import Served, served
 
 CHAT = "/v1/chat/completions"
 

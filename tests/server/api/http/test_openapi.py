@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from tests.support.api.deployment import END, ids
-from tests.support.api.fake import Script
-from tests.support.api.serving import Served
+from tests.support.api.fake_coordinator import Script
+from tests.support.api.in_process import Served
 
 CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,unsupported_method"

@@ -18,8 +18,8 @@ from server.errors import ConfigError
 from server.wire.api import ToApi
 from server.wire.async_channel import AsyncChannel
 from tests.support.api.deployment import deployment
-from tests.support.api.fake import Script
-from tests.support.api.serving import Served, served
+from tests.support.api.fake_coordinator import Script
+from tests.support.api.in_process import Served, served
 
 
 async def ask(server: Served, key: str, **body: object) -> httpx.Response:

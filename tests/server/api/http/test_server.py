@@ -11,8 +11,8 @@ import socket
 import pytest
 
 from tests.support.api.deployment import ids
-from tests.support.api.fake import Script
-from tests.support.api.serving import Served, disconnected, in_flight
+from tests.support.api.fake_coordinator import Script
+from tests.support.api.in_process import Served, disconnected, in_flight
 
 CHAT = "/v1/chat/completions"
 TRAILED = b"POST %b HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nx: "

@@ -8,8 +8,8 @@ from typing import Any
 
 from tests.support import promtool
 from tests.support.api.deployment import CONTEXT, END, ids
-from tests.support.api.fake import Script
-from tests.support.api.serving import Served
+from tests.support.api.fake_coordinator import Script
+from tests.support.api.in_process import Served
 from tests.support.paths import ROOT
 
 

@@ -12,8 +12,8 @@ from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Browser, Page, async_playwright, expect
 
 from tests.support.api.deployment import END, deployment, ids
-from tests.support.api.fake import Script, failure
-from tests.support.api.serving import Served, served
+from tests.support.api.fake_coordinator import Script, failure
+from tests.support.api.in_process import Served, served
 from tests.support.browser import CHROMIUM, FLAGS, needs_chromium
 
 PATIENCE = 20_000  # milliseconds: the machine may be busy

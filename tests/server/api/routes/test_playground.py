@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.api.deployment import deployment
-from tests.support.api.serving import Served, served
+from tests.support.api.in_process import Served, served
 from tests.support.paths import ROOT
 
 FOLDER = ROOT / "server" / "api" / "static"

@@ -9,8 +9,8 @@ from llguidance import LLTokenizer
 
 from server.errors import BadRequest
 from tests.support.api.deployment import END
-from tests.support.api.fake import Script, failure
-from tests.support.api.serving import Served
+from tests.support.api.fake_coordinator import Script, failure
+from tests.support.api.in_process import Served
 from tests.support.api.tools import ADD, NOW, TOOLS, USER, WRONG, accepts, deep, schema_format, submitted
 
 HOSTILE: list[Any] = [

@@ -15,7 +15,7 @@ from scipy.special import log_softmax, logsumexp
 
 from server.request import FinishReason, SamplingParams, SequenceRequest
 from tests.support.coordinator.harness import Deployment
-from tests.support.fakes import FakeModel
+from tests.support.fake_engine import FakeModel
 
 MASK = 2**64 - 1
 

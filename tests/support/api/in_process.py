@@ -18,7 +18,7 @@ from server.api.completions.choices import ChoiceStream
 from server.api.process import serve
 from server.config import Config
 from tests.support.api.deployment import ids
-from tests.support.api.fake import FakeCoordinator, Script
+from tests.support.api.fake_coordinator import FakeCoordinator, Script
 
 
 @dataclass

@@ -19,7 +19,7 @@ from server.remote.agreement import Terms, facts
 from server.remote.listener import Listener
 from server.wire.expert import ToExpert
 from tests.support.coordinator.harness import Deployment, KilledError
-from tests.support.fakes import HIDDEN, VOCABULARY, FakeEngine
+from tests.support.fake_engine import HIDDEN, VOCABULARY, FakeEngine
 
 KEY = b"k" * 32
 _LOOK_SECONDS = 0.02

@@ -11,7 +11,7 @@ from torch import Tensor
 from server.launch.local import LocalDeployment
 from server.policy import Policy
 from tests.support import demo
-from tests.support.oracle.reference import Reference
+from tests.support.oracle.huggingface import Reference
 from tests.support.sequences import greedy
 
 _BATCH = 512

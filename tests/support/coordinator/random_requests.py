@@ -9,7 +9,7 @@ import numpy as np
 
 from server.policy import Policy, Uniform
 from server.request import SamplingParams, SequenceRequest
-from tests.support.fakes import VOCABULARY
+from tests.support.fake_engine import VOCABULARY
 
 _NUMBERS = itertools.count(1)
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
