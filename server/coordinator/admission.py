@@ -14,10 +14,10 @@ import numpy as np
 
 from server.config import Config
 from server.coordinator.arrays import Bool
-from server.coordinator.fuser import PolicyBook
 from server.coordinator.links import ExpertLink
+from server.coordinator.observer import Observer
+from server.coordinator.policy_book import PolicyBook
 from server.coordinator.table import SequenceTable
-from server.metrics.histogram import Buckets
 from server.policy import Perplexity, essential, participants
 from server.request import SequenceRequest
 
@@ -77,14 +77,14 @@ class Admission:
         links: list[ExpertLink],
         table: SequenceTable,
         policies: PolicyBook,
-        queue_seconds: Buckets,
+        observer: Observer,
     ) -> None:
         self._config = config
         self._names = config.expert_names
         self._links = links
         self._table = table
         self._policies = policies
-        self._queue_seconds = queue_seconds
+        self._observer = observer
         self.waiting = WaitingQueue()
 
     def enqueue(self, requests: list[SequenceRequest]) -> tuple[str, str] | None:
@@ -106,7 +106,7 @@ class Admission:
             expected = self._expected(request)
             if not self._has_room(request, expected):
                 return
-            self._queue_seconds.observe(self.waiting.pop())
+            self._observer.admitted(request.id, self.waiting.pop())
             self._table.admit(
                 request,
                 order=order,

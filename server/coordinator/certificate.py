@@ -13,6 +13,8 @@ Letters: B rows, E experts, K top-k, U candidates.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from server.coordinator.arrays import Bool, Float32, Int32
@@ -25,43 +27,49 @@ _SLACK = 1e-6
 """What float32 sums of probabilities may miss of the mass that a list leaves."""
 
 
-@compiled
-def certify(
-    tops: Int32,
-    listed: Bool,
-    values: Float32,
-    candidates: Int32,
-    smallest: Float32,
-    coefficients: Float32,
-    prob_space: bool,
-    vocabulary: int,
-) -> int:
-    """The verdict on one row.
+class Lists(NamedTuple):
+    """What the experts listed for one row."""
 
-    `tops` int32[E]: each expert's most probable token; `candidates` int32[U] (-1: none); `values` float32[E, U] and
-    `listed` bool[E, U]: the experts' log-probabilities where they listed them; `smallest` float32[E]: the last one of
-    each top-k; `coefficients` float32[E]; `prob_space`: sum_i c_i p_i rather than sum_i c_i log p_i.
-    """
+    tops: Int32
+    """[E]: each expert's most probable token."""
+
+    smallest: Float32
+    """[E]: the last log-probability of each top-k."""
+
+    candidates: Int32
+    """[U]: token ids, then -1."""
+
+    logprobs: Float32
+    """[E, U]: the experts' log-probabilities where they listed the candidate."""
+
+    listed: Bool
+    """[E, U]: where they did."""
+
+
+@compiled
+def certify(row: Lists, coefficients: Float32, prob_space: bool, vocabulary: int) -> int:
+    """The verdict on one row, fused with `coefficients` [E]; `prob_space`: as sum_i c_i p_i rather than
+    sum_i c_i log p_i."""
     first, agreed = -1, True
     for expert in range(len(coefficients)):
         if coefficients[expert] < 0:
             return UNBOUNDED
         if coefficients[expert] > 0:
-            agreed &= first < 0 or first == tops[expert]
-            first = tops[expert]
+            agreed &= first < 0 or first == row.tops[expert]
+            first = row.tops[expert]
     if agreed:
         return CERTAIN if first >= 0 else OPEN
     count = 0
-    while count < len(candidates) and candidates[count] >= 0:
+    while count < len(row.candidates) and row.candidates[count] >= 0:
         count += 1
     lower, upper, nobody = np.zeros(count), np.zeros(count), 0.0
     for expert in range(len(coefficients)):
         if coefficients[expert] > 0:
-            tail = _tail(values[expert, :count], listed[expert, :count], smallest[expert], vocabulary)
+            tail = _tail(row.logprobs[expert, :count], row.listed[expert, :count], row.smallest[expert], vocabulary)
             nobody += _part(coefficients[expert], tail, prob_space)
             for column in range(count):
-                known = listed[expert, column]
-                value = values[expert, column] if known else tail
+                known = row.listed[expert, column]
+                value = row.logprobs[expert, column] if known else tail
                 upper[column] += _part(coefficients[expert], value, prob_space)
                 lower[column] += _part(coefficients[expert], value if known else -np.inf, prob_space)
     winner = lower.argmax()

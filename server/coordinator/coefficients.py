@@ -34,18 +34,22 @@ _HOPELESS = np.float32(-1e30)
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What a rule may look at, for rows of one policy.
-
-    `logprobs` float32[B, E, K], best first; `available` bool[B, E]: experts that take part and gave a usable row;
-    `gate` float32[B, E]: the gate's coefficients (for rules that need them); `cross_entropy` float32[B, E]: nats per
-    prompt token under each expert (for `perplexity`).
-    """
+    """What a rule may look at, for rows of one policy."""
 
     logprobs: Float32
+    """[B, E, K]: the experts' lists, best first."""
+
     available: Bool
+    """[B, E]: experts that take part and gave a usable row."""
+
     gate: Float32
+    """[B, E]: the gate's coefficients, for rules that need them."""
+
     cross_entropy: Float32
+    """[B, E]: nats per prompt token under each expert, for `perplexity`."""
+
     vocabulary: int
+    """V."""
 
 
 def coefficients(policy: Policy, experts: list[str], evidence: Evidence) -> Float32:
@@ -71,8 +75,8 @@ def coefficients(policy: Policy, experts: list[str], evidence: Evidence) -> Floa
         led = available[:, [experts.index(name) for name in leaders]].all(axis=1, keepdims=True)
         return np.where(led, kept, 0).astype(np.float32)
     equal = available / np.maximum(available.sum(axis=1, keepdims=True), 1)
-    bereft = (wanted > 0).any(axis=1, keepdims=True) & ~(kept > 0).any(axis=1, keepdims=True)
-    return np.where(bereft, equal, kept).astype(np.float32)
+    weightless = (wanted > 0).any(axis=1, keepdims=True) & ~(kept > 0).any(axis=1, keepdims=True)
+    return np.where(weightless, equal, kept).astype(np.float32)
 
 
 def space(policy: Policy, gate_space: Space) -> Space:

@@ -20,12 +20,16 @@ from server.policy import Space
 
 @dataclass(frozen=True, slots=True)
 class GateOutput:
-    """`coefficients` float32[B, E], `state` float32[B, S]; `failed` bool[B]: rows it gave no usable answer for, whose
-    coefficients are uniform and whose state is the old one."""
+    """A gate's answer for B rows."""
 
     coefficients: Float32
+    """[B, E]: uniform where it failed."""
+
     state: Float32
+    """[B, S]: the next state, the old one where it failed."""
+
     failed: Bool
+    """[B]: rows for which it gave no usable answer."""
 
 
 class GateRunner:

@@ -34,21 +34,27 @@ class LinkState(Enum):
 
 
 class ExpertLink:
-    """One expert: its socket, its state, its last report. `dialer`: how it is reached on another host. `silent`: it did
-    not answer a question, so that it is to be given up once the tick is over."""
+    """One expert: its socket, its state, its last report, and what it is told next."""
 
     def __init__(self, index: int, name: str, dialer: Dialer | None = None) -> None:
         self.index = index
         self.name = name
         self.dialer = dialer
+        """How it is reached on another host."""
         self.state = LinkState.DOWN
         self.generation = -1
+        """Which worker process is meant."""
         self.restarts = -1
         self.info: Ready | None = None
         self.load: Load | None = None
         self.owes_report = False
         self.silent = False
+        """It did not answer a question, so that it is to be given up once the tick is over."""
         self.report: Report | None = None
+        self.drop: list[int] = []
+        """Slots that leave the engine with the next `Tick`."""
+        self.park: list[int] = []
+        """Slots that leave it for a while."""
         self.ticked_at = 0.0
         self.arrived_at = 0.0
         self.channel: Channel[FromExpert, ToExpert] | None = None
@@ -80,6 +86,7 @@ class ExpertLink:
         self.owes_report = self.silent = False
         self.report = None
         self.load = None  # its cache is gone, and the next worker's is empty
+        self.drop, self.park = [], []
 
     @property
     def lost(self) -> bool:
@@ -90,11 +97,10 @@ class ExpertLink:
     def up(self) -> bool:
         return self.state is LinkState.UP and not self.silent
 
-    def tick(
-        self, number: int, tokens: Int32, drop: list[int], park: list[int], add: list[Add], *, steps: bool
-    ) -> None:
+    def tick(self, number: int, tokens: Int32, add: list[Add], *, steps: bool) -> None:
         """Send the next `Tick`. `steps`: the engine has sequences after it, so a report will come."""
-        self.send(Tick(number, tokens.tobytes(), drop, park, add))
+        self.send(Tick(number, tokens.tobytes(), self.drop, self.park, add))
+        self.drop, self.park = [], []
         self.report = None
         self.owes_report = steps
         self.ticked_at = time.perf_counter()

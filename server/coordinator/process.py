@@ -12,8 +12,8 @@ from server.coordinator.coordinator import Coordinator
 from server.coordinator.fuser import Fuser, LookUp
 from server.coordinator.gate_runner import GateRunner, load_gate
 from server.coordinator.links import ExpertLink, ExpertLinks, LinkState
+from server.coordinator.observer import Observer
 from server.coordinator.snapshot import snapshot
-from server.coordinator.stats import Counters
 from server.coordinator.table import SequenceTable
 from server.coordinator.warmup import warm_up
 from server.errors import StartError, UnreachableError
@@ -78,7 +78,7 @@ class CoordinatorProcess:
             config.expert_names, self._selector, self._on_expert, self._on_lost, dialers(config)
         )
         self._notes: dict[int, str] = {}
-        self._counters = Counters(len(config.experts))
+        self._observer = Observer(len(config.experts))
         self._coordinator: Coordinator | None = None
         self._gate: GateRunner | None = None
         self._fuser: Fuser | None = None
@@ -146,12 +146,12 @@ class CoordinatorProcess:
             return
         match message:
             case Submit(sequences=sequences):
-                coordinator.submit(sequences)
+                coordinator.sequences.submit(sequences)
                 self._send_outbox(coordinator)  # a refusal does not wait for the engines' step
             case Abort(sequences=sequences):
-                coordinator.abort(sequences)
+                coordinator.sequences.abort(sequences)
             case GetStats():
-                self._api.send(snapshot(self._counters, coordinator, self._experts.links))
+                self._api.send(snapshot(self._observer, coordinator, self._experts.links))
             case LoadGate(path=path):
                 self._api.send(GateLoaded(self._replace_gate(Path(path))))
             case RunBare(experts=experts, bare=bare):
@@ -160,12 +160,12 @@ class CoordinatorProcess:
     def _on_expert(self, link: ExpertLink, message: FromExpert) -> None:
         if isinstance(message, Ready):
             if self._coordinator is not None:
-                self._coordinator.refit()
+                self._coordinator.sequences.refit()
             self._send_status()
         elif isinstance(message, Scored) and self._coordinator is not None:
-            self._coordinator.note_scores(link, message)
+            self._coordinator.sequences.note_scores(link, message)
         elif isinstance(message, Refused) and self._coordinator is not None:
-            self._coordinator.refuse(message)
+            self._coordinator.sequences.refuse(message)
 
     # --- experts come and go --------------------------------------------------------------------------------------
 
@@ -174,7 +174,7 @@ class CoordinatorProcess:
             return
         self._experts.close(link.index)
         if self._coordinator is not None:
-            self._coordinator.lose_expert(link)
+            self._coordinator.sequences.lose_expert(link)
         self._send_status()
 
     def _give_up(self, link: ExpertLink, message: str) -> None:
@@ -214,9 +214,9 @@ class CoordinatorProcess:
                 self._give_up(link, f"not ready after {self._config.limits.start_seconds:g} s")
 
     def _send_outbox(self, coordinator: Coordinator) -> None:
-        for message in coordinator.outbox:
+        for message in coordinator.sequences.outbox:
             self._api.send(message)
-        coordinator.outbox.clear()
+        coordinator.sequences.outbox.clear()
 
     def _send_status(self) -> None:
         """Tell the api what changed."""
@@ -224,12 +224,12 @@ class CoordinatorProcess:
             return
         states = {link.name: link.state.value for link in self._experts.links}
         enough = any if self._config.on_expert_loss == "degrade" else all
-        ready = enough(link.up for link in self._experts.links) and not coordinator.draining
-        status = Status(ready, coordinator.draining, states)
+        ready = enough(link.up for link in self._experts.links) and not coordinator.sequences.draining
+        status = Status(ready, coordinator.sequences.draining, states)
         if status != self._status:
             self._status = status
             self._api.send(status)
-            _log.info("status", extra=fields(ready=ready, draining=coordinator.draining, experts=states))
+            _log.info("status", extra=fields(ready=ready, draining=coordinator.sequences.draining, experts=states))
 
     # --- shutdown -------------------------------------------------------------------------------------------------
 
@@ -238,15 +238,15 @@ class CoordinatorProcess:
         if self._coordinator is None:
             self._control.send(Drained())
         else:
-            self._coordinator.draining = True
+            self._coordinator.sequences.draining = True
             self._send_status()
 
     def _watch_drain(self, coordinator: Coordinator) -> None:
         if self._drain_until is None:
             return
         if time.monotonic() > self._drain_until:
-            coordinator.fail_all("the server is shutting down")
-        if coordinator.idle:
+            coordinator.sequences.fail_all("the server is shutting down")
+        if coordinator.sequences.idle:
             self._drain_until = None
             self._control.send(Drained())
 
@@ -273,9 +273,9 @@ class CoordinatorProcess:
             vocabulary=vocabulary,
         )
         look_up: LookUp = lambda wanted: self._experts.gather(wanted, config.limits.tick_seconds)  # noqa: E731
-        fuser = Fuser(config.expert_names, vocabulary, gate, config.missing, look_up, self._counters)
+        fuser = Fuser(config.expert_names, vocabulary, gate, config.missing, look_up, self._observer.clock)
         self._gate, self._fuser = gate, fuser
-        return Coordinator(config, self._experts.links, fuser, table, self._counters)
+        return Coordinator(config, self._experts.links, fuser, table, self._observer)
 
     def _load_gate(self, path: Path, sha256: str | None = None) -> GateRunner:
         """The checkpoint at `path`. Raises StartError if it does not fit the deployment."""

@@ -1,4 +1,4 @@
-"""Draws one token a row from the fused distribution: penalties, temperature, min_p, top_k, top_p, in vLLM's order.
+"""Samples one token a row from the fused distribution: penalties, temperature, min_p, top_k, top_p, in vLLM's order.
 
 Batched over rows. The random number of a row depends on its seed and position alone (a counter-based generator), so a
 sequence gives the same text alone, in a batch, and after a restart.
@@ -9,6 +9,7 @@ Letters: B rows, U candidates.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,28 +17,44 @@ from server.coordinator.arrays import Bool, Float32, Float64, Int32, Int64, UInt
 from server.coordinator.compiled import compiled
 
 
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """Sampling parameters of B rows, as in `server.request.SamplingParams`, each an array [B]."""
+class Rules(NamedTuple):
+    """Sampling parameters of B rows, as in `server.request.SamplingParams`."""
 
     temperature: Float32
+    """[B]: 0 takes the most probable token."""
+
     top_p: Float32
+    """[B]: 1 keeps all."""
+
     top_k: Int32
+    """[B]: 0 keeps all."""
+
     min_p: Float32
+    """[B]: 0 keeps all."""
+
+    def of(self, rows: Int64) -> Rules:
+        """The rules of the `rows` [B']."""
+        return Rules(self.temperature[rows], self.top_p[rows], self.top_k[rows], self.min_p[rows])
 
 
 @dataclass(frozen=True, slots=True)
 class Penalties:
-    """Of those rows that have any: [B] parameters, and for each candidate its occurrences.
-
-    `output_counts` int32[B, U]: in the generated tokens; `seen` bool[B, U]: in the prompt or the generated tokens.
-    """
+    """Of those rows that have any: the parameters, and how often each candidate has occurred."""
 
     presence: Float32
+    """[B]: subtracted from the score of a token that was generated."""
+
     frequency: Float32
+    """[B]: subtracted for each time that it was generated."""
+
     repetition: Float32
+    """[B]: divides the score of a token that was seen."""
+
     output_counts: Int32
+    """[B, U]: occurrences in the generated tokens."""
+
     seen: Bool
+    """[B, U]: in the prompt or the generated tokens."""
 
 
 def penalise(scores: Float32, penalties: Penalties) -> Float32:
@@ -52,16 +69,6 @@ def penalise(scores: Float32, penalties: Penalties) -> Float32:
     return np.asarray(
         scores - penalties.frequency[:, None] * counts - penalties.presence[:, None] * (counts > 0), np.float32
     )
-
-
-def choose(ids: Int32, scores: Float32, rules: Rules, uniforms: Float64) -> Int64:
-    """Column int64[B] of the token drawn in each row of `scores` [B, U] (log-probabilities, -inf: impossible).
-
-    `uniforms` float64[B] in [0, 1). Temperature 0 takes the maximum, of equals the one with the lowest of `ids`
-    [B, U]. Draws go through the candidates in the order of their ids, so the order in which experts listed them
-    does not matter.
-    """
-    return _choose(ids, scores, rules.temperature, rules.top_p, rules.top_k, rules.min_p, uniforms)
 
 
 @compiled
@@ -88,9 +95,13 @@ def _mix(x: np.uint64) -> np.uint64:
 
 
 @compiled
-def _choose(
-    ids: Int32, scores: Float32, temperature: Float32, top_p: Float32, top_k: Int32, min_p: Float32, uniforms: Float64
-) -> Int64:
+def choose(ids: Int32, scores: Float32, rules: Rules, uniforms: Float64) -> Int64:
+    """Column int64[B] of the token sampled in each row of `scores` [B, U] (log-probabilities, -inf: impossible).
+
+    `uniforms` float64[B] in [0, 1). Temperature 0 takes the maximum, of equals the one with the lowest of `ids`
+    [B, U]. Sampling goes through the candidates in the order of their ids, so the order in which experts listed them
+    does not matter.
+    """
     chosen = np.zeros(len(scores), np.int64)
     for row in range(len(scores)):
         best = 0
@@ -99,12 +110,12 @@ def _choose(
             if ahead > 0 or (ahead == 0 and ids[row, column] < ids[row, best]):
                 best = column
         chosen[row] = best
-        if temperature[row] <= 0 or scores[row, best] == -np.inf:
+        if rules.temperature[row] <= 0 or scores[row, best] == -np.inf:
             continue
-        heat = np.float64(temperature[row])
+        heat = np.float64(rules.temperature[row])
         probabilities = np.exp((scores[row].astype(np.float64) - scores[row, best]) / heat)
         by_id = np.argsort(ids[row])
-        _truncate(probabilities, by_id, top_p[row], top_k[row], min_p[row])
+        _truncate(probabilities, by_id, rules.top_p[row], rules.top_k[row], rules.min_p[row])
         point = uniforms[row] * probabilities.sum()
         reached = 0.0
         for column in by_id:
@@ -118,8 +129,8 @@ def _choose(
 
 @compiled
 def _truncate(probabilities: Float64, by_id: Int64, top_p: float, top_k: int, min_p: float) -> None:
-    """Zero what min_p, top_k and top_p leave out, in this order, of unnormalised probabilities [U]. Of equals the first
-    of the columns `by_id` [U] stay."""
+    """Zero, in place, what min_p, top_k and top_p leave out, in this order, of unnormalised `probabilities` [U]. Of
+    equals the first of the columns `by_id` [U] stay."""
     if min_p > 0:
         floor = min_p * probabilities.max()
         probabilities[probabilities < floor] = 0

@@ -6,39 +6,40 @@ from collections.abc import Sequence
 
 from server.coordinator.coordinator import Coordinator
 from server.coordinator.links import ExpertLink
-from server.coordinator.stats import Counters
+from server.coordinator.observer import Observer
 from server.wire.expert import Load
 from server.wire.stats import ExpertStats, Stats
 
 
-def snapshot(counters: Counters, coordinator: Coordinator, links: Sequence[ExpertLink]) -> Stats:
+def snapshot(observer: Observer, coordinator: Coordinator, links: Sequence[ExpertLink]) -> Stats:
+    counters, clock = observer.counters, observer.clock
     return Stats(
         ticks=counters.ticks,
         tokens=counters.tokens,
-        running=coordinator.running,
-        queued=coordinator.waiting,
+        running=coordinator.sequences.running,
+        queued=coordinator.sequences.waiting,
         parked=counters.parked,
         readded=counters.readded,
         position_faults=counters.position_faults,
         gate_failures=counters.gate_failures,
         finished=dict(counters.finished),
         queue_seconds=counters.queue_seconds.snapshot(),
-        tick_seconds=counters.clock.ticks.snapshot(),
-        phase_seconds=dict(counters.clock.seconds),
-        fusion=counters.tally.snapshot(),
-        experts=[_expert(counters, link) for link in links],
+        tick_seconds=clock.ticks.snapshot(),
+        phase_seconds={phase.value: seconds for phase, seconds in clock.seconds.items()},
+        fusion=observer.tally.snapshot(),
+        experts=[_expert(observer, link) for link in links],
     )
 
 
-def _expert(counters: Counters, link: ExpertLink) -> ExpertStats:
-    own, load = counters.experts[link.index], link.load or Load(0.0, 0, 0)
+def _expert(observer: Observer, link: ExpertLink) -> ExpertStats:
+    own, load = observer.counters.experts[link.index], link.load or Load(0.0, 0, 0)
     return ExpertStats(
         name=link.name,
         up=link.up,
         engine=link.info.version if link.info else "",
         restarts=link.restarts,
-        weight=counters.tally.shares(link.index),
-        decisive_tokens=counters.tally.decisive(link.index),
+        weight=observer.tally.shares(link.index),
+        decisive_tokens=observer.tally.decisive(link.index),
         step_seconds=own.step_seconds.snapshot(),
         barrier_wait_seconds=own.barrier_wait_seconds,
         slowest_ticks=own.slowest_ticks,

@@ -5,12 +5,12 @@ A fused token is one for which at least two experts had a usable row. Letters: B
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from server.coordinator.arrays import Bool, Float32, Float64, Int32, Int64
-from server.coordinator.certificate import VERDICTS, certify
+from server.coordinator.certificate import VERDICTS, Lists, certify
 from server.coordinator.compiled import compiled
 from server.coordinator.fusion import CandidateTable
 from server.wire.stats import FusionStats, Histogram
@@ -22,89 +22,92 @@ _TOKENS, _DISAGREEMENTS, _VERDICTS = 0, 1, 2
 """Places in the array of totals; the verdicts are the last ones."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sources:
-    """What B tokens were fused from.
-
-    `ids` int32[B, E, K] and `logprobs` float32[B, E, K]: the experts' lists, best first; `available` bool[B, E]: whose
-    rows were usable; `table`: the candidates before any look-up; `prob_space` bool[B].
-    """
+class Sources(NamedTuple):
+    """What B tokens were fused from."""
 
     ids: Int32
+    """[B, E, K]: the experts' lists, best first; -1 where an expert is not available."""
+
     logprobs: Float32
+    """[B, E, K]: of `ids`; -inf where an expert is not available."""
+
+    expected: Bool
+    """[B, E]: whose rows the policy asked for."""
+
     available: Bool
+    """[B, E]: whose rows were usable, of the expected ones."""
+
     table: CandidateTable
+    """The candidates, before any look-up."""
+
     prob_space: Bool
+    """[B]: fused as sum_i c_i p_i rather than sum_i c_i log p_i."""
+
     vocabulary: int
+    """V."""
+
+
+class _Shares(NamedTuple):
+    """Cumulative counts of the shares |c_i| / sum_j |c_j|."""
+
+    counts: Int64
+    """[E, bins of SHARES]: how often an expert had such a share."""
+
+    sums: Float64
+    """[E]: of its shares."""
+
+    decisive: Int64
+    """[E]: how often its share was larger than any other's."""
+
+    entropy_bounds: Float64
+    """NATS."""
+
+    entropy_counts: Int64
+    """[bins of NATS]: how often the shares had such an entropy."""
+
+    entropy_sum: Float64
+    """[1]: of the entropies."""
 
 
 class TokenTally:
     """Cumulative counts over fused tokens."""
 
     def __init__(self, experts: int) -> None:
-        self._share_counts = np.zeros((experts, len(SHARES) + 1), np.int64)
-        self._share_sums = np.zeros(experts, np.float64)
-        self._decisive = np.zeros(experts, np.int64)
-        self._entropy_bounds = np.array(NATS)
-        self._entropy_counts = np.zeros(len(NATS) + 1, np.int64)
-        self._entropy_sum = np.zeros(1, np.float64)
+        self._shares = _Shares(
+            counts=np.zeros((experts, len(SHARES) + 1), np.int64),
+            sums=np.zeros(experts, np.float64),
+            decisive=np.zeros(experts, np.int64),
+            entropy_bounds=np.array(NATS),
+            entropy_counts=np.zeros(len(NATS) + 1, np.int64),
+            entropy_sum=np.zeros(1, np.float64),
+        )
         self._totals = np.zeros(_VERDICTS + len(VERDICTS), np.int64)
 
     def count(self, sources: Sources, coefficients: Float32) -> None:
         """Count B tokens fused with `coefficients` [B, E]."""
-        table = sources.table
-        _count_shares(
-            sources.available,
-            coefficients,
-            self._share_counts,
-            self._share_sums,
-            self._decisive,
-            self._entropy_bounds,
-            self._entropy_counts,
-            self._entropy_sum,
-        )
-        _count_choices(
-            sources.ids,
-            sources.logprobs,
-            sources.available,
-            table.ids,
-            table.logprobs,
-            table.listed,
-            coefficients,
-            sources.prob_space,
-            sources.vocabulary,
-            self._totals,
-        )
+        _count_shares(sources.available, coefficients, self._shares)
+        _count_choices(sources, coefficients, self._totals)
 
     def shares(self, expert: int) -> Histogram:
         """An expert's shares |c_i| / sum_j |c_j|."""
-        return Histogram(list(SHARES), self._share_counts[expert].tolist(), float(self._share_sums[expert]))
+        return Histogram(list(SHARES), self._shares.counts[expert].tolist(), float(self._shares.sums[expert]))
 
     def decisive(self, expert: int) -> int:
         """Tokens for which its share was larger than any other's."""
-        return int(self._decisive[expert])
+        return int(self._shares.decisive[expert])
 
     def snapshot(self) -> FusionStats:
         return FusionStats(
             tokens=int(self._totals[_TOKENS]),
             disagreements=int(self._totals[_DISAGREEMENTS]),
             certificates=dict(zip(VERDICTS, self._totals[_VERDICTS:].tolist(), strict=True)),
-            entropy=Histogram(list(NATS), self._entropy_counts.tolist(), float(self._entropy_sum[0])),
+            entropy=Histogram(list(NATS), self._shares.entropy_counts.tolist(), float(self._shares.entropy_sum[0])),
         )
 
 
 @compiled
-def _count_shares(
-    available: Bool,
-    coefficients: Float32,
-    counts: Int64,
-    sums: Float64,
-    decisive: Int64,
-    entropy_bounds: Float64,
-    entropy_counts: Int64,
-    entropy_sum: Float64,
-) -> None:
-    """Enter shares into histograms `counts` [E, bins] of width 1/20, `sums` [E], `decisive` [E], and their entropy."""
+def _count_shares(available: Bool, coefficients: Float32, shares: _Shares) -> None:
+    """Count the shares and the entropies of `coefficients` [B, E]."""
     for row in range(len(coefficients)):
         total = np.abs(coefficients[row]).sum()
         if available[row].sum() < 2 or not total > 0:
@@ -112,8 +115,8 @@ def _count_shares(
         entropy, largest, leader = 0.0, 0.0, -1
         for expert in range(coefficients.shape[1]):
             share = abs(coefficients[row, expert]) / total
-            counts[expert, max(0, int(np.ceil(share * 20 - 1e-5)) - 1)] += 1
-            sums[expert] += share
+            shares.counts[expert, max(0, int(np.ceil(share * 20 - 1e-5)) - 1)] += 1
+            shares.sums[expert] += share
             if share > 0:
                 entropy -= share * np.log(share)
             if share == largest:
@@ -121,45 +124,26 @@ def _count_shares(
             elif share > largest:
                 largest, leader = share, expert
         if leader >= 0:
-            decisive[leader] += 1
-        entropy_counts[np.searchsorted(entropy_bounds, entropy)] += 1
-        entropy_sum[0] += entropy
+            shares.decisive[leader] += 1
+        shares.entropy_counts[np.searchsorted(shares.entropy_bounds, entropy)] += 1
+        shares.entropy_sum[0] += entropy
 
 
 @compiled
-def _count_choices(
-    ids: Int32,
-    logprobs: Float32,
-    available: Bool,
-    candidates: Int32,
-    values: Float32,
-    listed: Bool,
-    coefficients: Float32,
-    prob_space: Bool,
-    vocabulary: int,
-    totals: Int64,
-) -> None:
-    """Enter into `totals` how many tokens were fused, in how many the experts differed, and each certificate."""
-    last = ids.shape[2] - 1
-    for row in range(len(ids)):
+def _count_choices(sources: Sources, coefficients: Float32, totals: Int64) -> None:
+    """Count in `totals` the fused tokens, those on which the experts differed, and each certificate."""
+    tops, smallest, table = sources.ids[:, :, 0], sources.logprobs[:, :, -1], sources.table
+    for row in range(len(tops)):
         usable, first, differ = 0, -1, False
-        for expert in range(ids.shape[1]):
-            if available[row, expert]:
+        for expert in range(tops.shape[1]):
+            if sources.available[row, expert]:
                 usable += 1
-                differ |= first >= 0 and first != ids[row, expert, 0]
-                first = ids[row, expert, 0]
+                differ |= first >= 0 and first != tops[row, expert]
+                first = tops[row, expert]
         if usable < 2:
             continue
         totals[_TOKENS] += 1
         totals[_DISAGREEMENTS] += differ
-        verdict = certify(
-            ids[row, :, 0],
-            listed[row],
-            values[row],
-            candidates[row],
-            logprobs[row, :, last],
-            coefficients[row],
-            prob_space[row],
-            vocabulary,
-        )
+        lists = Lists(tops[row], smallest[row], table.ids[row], table.logprobs[row], table.listed[row])
+        verdict = certify(lists, coefficients[row], sources.prob_space[row], sources.vocabulary)
         totals[_VERDICTS + verdict] += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 
 from server.request import SequenceRequest
 from server.wire.api import SequenceTiming
@@ -26,12 +26,10 @@ class Timings:
             request.id: SequenceTiming(now, [0.0] * self._experts) for request in requests if request.timed
         }
 
-    def admitted(self, running: Container[int]) -> None:
-        """`running`: the sequences that have been admitted by now."""
-        now = time.perf_counter()
-        for sequence, timing in self._timings.items():
-            if not timing.admitted and sequence in running:
-                timing.admitted = now
+    def admitted(self, sequence: int) -> None:
+        """It has a slot."""
+        if (timing := self._timings.get(sequence)) is not None:
+            timing.admitted = time.perf_counter()
 
     def reported(self, expert: int, sequences: Iterable[int], when: float) -> None:
         """An expert has shown its distribution after these sequences' prompts."""

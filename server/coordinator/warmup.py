@@ -10,7 +10,7 @@ from server.config import parse_config
 from server.coordinator.coordinator import Coordinator
 from server.coordinator.fuser import Fuser
 from server.coordinator.links import ExpertLink, LinkState
-from server.coordinator.stats import Counters
+from server.coordinator.observer import Observer
 from server.coordinator.table import SequenceTable
 from server.policy import Policy, Select, Uniform
 from server.request import SamplingParams, SequenceRequest
@@ -28,13 +28,13 @@ def warm_up() -> None:
     links = [ExpertLink(index, name) for index, name in enumerate(names)]
     for link in links:
         link.state, link.info = LinkState.UP, Ready(1024, 16, 1024, _VOCABULARY, 8, "")
-    counters = Counters(len(names))
+    observer = Observer(len(names))
     table = SequenceTable(config.limits.sequences, len(names), _TOP_K, 0, 0, _VOCABULARY)
-    fuser = Fuser(names, _VOCABULARY, None, "tail", lambda wanted: {}, counters)
-    coordinator = Coordinator(config, links, fuser, table, counters)
+    fuser = Fuser(names, _VOCABULARY, None, "tail", lambda wanted: {}, observer.clock)
+    coordinator = Coordinator(config, links, fuser, table, observer)
     sampling = SamplingParams(temperature=0.5, top_p=0.9)
     policies: tuple[Policy, ...] = (Uniform(), Select("entropy"))
-    coordinator.submit(
+    coordinator.sequences.submit(
         [
             SequenceRequest(number, [[1], [1]], policy, sampling, max_tokens=2, stop_token_ids=[0])
             for number, policy in enumerate(policies)

@@ -47,7 +47,7 @@ class Round:
     bare: dict[str, float]
     """Expert -> its engine by itself, all engines at the same time."""
     parts: dict[str, float]
-    """Where the fused ticks' time went, mean milliseconds a tick: phases of `server.coordinator.stats.TickClock`."""
+    """Where the fused ticks' time went, mean milliseconds a tick: phases of `server.coordinator.clock.Phase`."""
     steal: float
     """Share of processor time that the host took meanwhile."""
 

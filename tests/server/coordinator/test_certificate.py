@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from server.coordinator.certificate import CERTAIN, OPEN, UNBOUNDED, certify
+from server.coordinator.certificate import CERTAIN, OPEN, UNBOUNDED, Lists, certify
 from server.coordinator.fusion import combine, fill_tail
 from tests.support.coordinator.lists import EXPERTS, ROWS, VOCABULARY, truncated
 
@@ -14,11 +14,7 @@ from tests.support.coordinator.lists import EXPERTS, ROWS, VOCABULARY, truncated
 def verdicts(ids, logprobs, table, coefficients, prob_space) -> list[int]:
     return [
         certify(
-            ids[row, :, 0],
-            table.listed[row],
-            table.logprobs[row],
-            table.ids[row],
-            logprobs[row, :, -1],
+            Lists(ids[row, :, 0], logprobs[row, :, -1], table.ids[row], table.logprobs[row], table.listed[row]),
             coefficients[row],
             prob_space[row],
             VOCABULARY,
@@ -55,7 +51,7 @@ def test_what_is_certain_is_the_winner_over_the_whole_vocabulary(k, width):
     assert certain > (ROWS * 60 if k == VOCABULARY else 5 * k) - 1
 
 
-def lists(*experts: dict[int, float]):
+def lists(*experts: dict[int, float]) -> Lists:
     """Two experts' lists of two tokens, as `certify` takes them."""
     tokens = sorted({token for expert in experts for token in expert})
     candidates = np.array([*tokens, -1], np.int32)
@@ -64,11 +60,11 @@ def lists(*experts: dict[int, float]):
         values = np.log(values).astype(np.float32)
     tops = np.array([max(expert, key=expert.__getitem__) for expert in experts], np.int32)
     smallest = np.log([min(expert.values()) for expert in experts]).astype(np.float32)
-    return tops, values > -np.inf, values, candidates, smallest
+    return Lists(tops, smallest, candidates, values, values > -np.inf)
 
 
 def judge(first, second, coefficients, *, prob_space):
-    return certify(*lists(first, second), np.array(coefficients, np.float32), prob_space, 100)
+    return certify(lists(first, second), np.array(coefficients, np.float32), prob_space, 100)
 
 
 def test_mixtures_bound_what_is_not_listed():

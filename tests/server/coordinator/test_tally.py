@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
+from server.coordinator.clock import Phase, TickClock
 from server.coordinator.fusion import tabulate
-from server.coordinator.stats import PHASES, TickClock
 from server.coordinator.tally import Sources, TokenTally
 from server.policy import Contrastive, Uniform, Weights
 from server.wire.stats import Histogram
@@ -29,7 +29,7 @@ def count(tally: TokenTally, tops: list[list[int]], coefficients: list[list[floa
     ids[~usable], logprobs[~usable] = -1, -np.inf
     exact = np.full((len(ids), 1), -1, np.int32), np.full((*first.shape, 1), -np.inf, np.float32)
     table = tabulate(ids, logprobs, *exact, VOCABULARY)
-    sources = Sources(ids, logprobs, usable, table, np.zeros(len(ids), bool), VOCABULARY)
+    sources = Sources(ids, logprobs, np.ones_like(usable), usable, table, np.zeros(len(ids), bool), VOCABULARY)
     tally.count(sources, np.array(coefficients, np.float32))
 
 
@@ -86,7 +86,7 @@ def test_a_deployment_counts(tmp_path, rng, models):
     assert all(expert.prefilled_tokens >= sum(len(one.prompts[0]) for one in requests) for expert in stats.experts)
     assert sum(stats.tick_seconds.counts) == stats.ticks >= 6
     assert stats.experts[0].slowest_ticks + stats.experts[1].slowest_ticks <= stats.ticks
-    assert set(stats.phase_seconds) == set(PHASES)
+    assert set(stats.phase_seconds) == {phase.value for phase in Phase}
     assert sum(stats.phase_seconds.values()) == pytest.approx(stats.tick_seconds.sum)
 
 
@@ -97,7 +97,7 @@ def test_idle_time_belongs_to_no_tick():
     before = dict(clock.seconds)
     time.sleep(0.05)
     clock.start(None)
-    clock.lap("align")
+    clock.switch(Phase.ALIGN)
     clock.stop()
     assert clock.seconds == before
     clock.start(0.0)
