@@ -16,6 +16,7 @@ import torch
 
 from server.config import Config, parse_config
 from server.coordinator.process import CoordinatorProcess
+from server.coordinator.warmup import warm_up
 from server.errors import EngineError
 from server.expert.worker import Projector, Worker
 from server.placement import expert_socket
@@ -108,6 +109,7 @@ class Deployment:
 
     def __enter__(self) -> Self:
         torch.set_num_threads(1)
+        warm_up()  # may compile, which no time limit here is meant for
         self._coordinator = _CoordinatorThread(self.config, self._directory)
         self._coordinator.start()
         self._api: Channel[ToApi, FromApi] = Channel(endpoint(self._directory, "api"), ToApi, bind=False)
