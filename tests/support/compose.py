@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from tests.support.dockerfile import stages
 from tests.support.paths import ROOT
 
 DEPLOY = ROOT / "deploy"
@@ -81,6 +82,5 @@ def here(service: dict[str, Any], place: str) -> Path:
 
 
 def _copied() -> dict[str, Path]:
-    """Place in the CPU image -> what the Dockerfile's last stage copies there from the repository."""
-    last = (ROOT / "Dockerfile").read_text(encoding="utf-8").rpartition("\nFROM ")[2]
-    return {target: ROOT / source for source, target in re.findall(r"^COPY (?!--)(\S+) (\S+)$", last, re.MULTILINE)}
+    """Place in the CPU image -> what of the repository is copied there."""
+    return {target: ROOT / source for (source,), target in stages()["cpu"].copied()}
