@@ -91,7 +91,7 @@ class Experiment:
 
     def steps(self) -> list[Step]:
         return [
-            Step("prompts", self.draw_prompts),
+            Step("prompts", self.make_prompts),
             Step("record", self.record),
             *(Step(f"train {name}", lambda name=name: self.train(name)) for name in FAMILIES),  # type: ignore[misc]
             *(Step(f"train {count} responses", lambda count=count: self.train_few(count)) for count in RESPONSES),  # type: ignore[misc]
@@ -121,7 +121,7 @@ class Experiment:
             self._note_time(step.name, time.perf_counter() - began)
             mark.touch()
 
-    def draw_prompts(self) -> None:
+    def make_prompts(self) -> None:
         self.module(
             "deploy.demo.train.prompts", "--seed", self.seed, "--output", self.prompts, "--test", self.test_prompts
         )
@@ -137,7 +137,7 @@ class Experiment:
         )  # fmt: skip
 
     def train(self, name: str) -> None:
-        drawn: list[object] = [
+        samples: list[object] = [
             "--prompts",
             self.prompts / "train.jsonl",
             "--grader",
@@ -145,7 +145,7 @@ class Experiment:
             "--max-tokens",
             ANSWER_TOKENS,
         ]
-        refined = ["--refine-steps", REFINEMENT_STEPS, *drawn] if name.endswith("refinement") else []
+        refined = ["--refine-steps", REFINEMENT_STEPS, *samples] if name.endswith("refinement") else []
         self._train(self.gate(name), [*FAMILIES[name], *refined])
 
     def train_few(self, count: int) -> None:

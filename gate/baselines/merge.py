@@ -53,9 +53,13 @@ class Recipe:
     """A method and its settings; those that it does not use are left at their values here."""
 
     method: str
+    """One of `METHODS`."""
     scale: float = 1.0
+    """Of what is added to the base."""
     density: float = 1.0
+    """Share of each task vector's entries that are kept."""
     seed: int = 0
+    """Of the entries that DARE drops."""
 
 
 def merge(recipe: Recipe, base: State | None, experts: list[State]) -> State:
@@ -112,7 +116,8 @@ def distance(one: State, other: State) -> float:
 
 
 def check_models(base: State | None, experts: dict[str, State]) -> dict[str, float]:
-    """Each expert's distance from the base. Raises MergeError for another architecture, or a base that is none.
+    """Each expert's distance from the base. Raises MergeError for another architecture, or a base from which the
+    experts were not fine-tuned.
 
     Fine-tuned models lie nearer to their start than to each other; a model that is farther from an expert than another
     expert is did not start it.

@@ -25,10 +25,12 @@ PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2)  # squared weights, chosen on a fifth of th
 
 @dataclass(frozen=True, slots=True)
 class PromptRouter:
-    """A linear score a model; the best one answers. `weight` [M, WIDTH], `bias` [M]."""
+    """A linear score for each of M models; the best one answers."""
 
     weight: Tensor
+    """[M, WIDTH]."""
     bias: Tensor
+    """[M]."""
 
     def choose(self, features: Tensor) -> Tensor:
         """[Q, WIDTH] -> int64 [Q], the chosen model of each prompt."""

@@ -1,7 +1,7 @@
 """Percentile bootstrap over prompts: how far an accuracy, or a difference of two, may be from what was measured.
 
-Resamples prompts with replacement inside each domain (Efron 1979). All rows of one table are resampled with the same
-draws, so a difference of two rows is paired. Knows nothing of models, files or graders.
+Resamples prompts with replacement inside each domain (Efron 1979). All rows of one table have the same resamples, so a
+difference of two rows is paired. Knows nothing of models, files or graders.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,11 @@ class Estimate:
     """A mean with its interval."""
 
     mean: float
+    """What was measured."""
     low: float
+    """Lower end of the interval."""
     high: float
+    """Upper end of the interval."""
 
     def overlaps(self, other: "Estimate") -> bool:
         """Whether the intervals share a point."""
@@ -29,7 +32,7 @@ class Estimate:
 
 
 class Bootstrap:
-    """Fixed draws over the prompts of each domain; `domains` [Q] names the domain of every prompt."""
+    """Fixed resamples of the prompts of each domain; `domains` [Q] names the domain of every prompt."""
 
     def __init__(self, domains: Sequence[str], *, seed: int = 0, resamples: int = RESAMPLES) -> None:
         self._members = {
@@ -51,11 +54,11 @@ class Bootstrap:
         return self._means(np.asarray(right, float), lowest=0.0)
 
     def difference(self, right: Sequence[float], other: Sequence[float]) -> dict[str, Estimate]:
-        """Mean of `right` - `other`, paired: the same prompts [Q] are drawn for both."""
+        """Mean of `right` - `other`, paired: both have the same resamples of the prompts [Q]."""
         return self._means(np.asarray(right, float) - np.asarray(other, float), lowest=-1.0)
 
     def _means(self, values: NDArray[np.float64], lowest: float) -> dict[str, Estimate]:
-        """The mean of each domain and of all; the latter resamples within domains: their sizes were not drawn. Values
+        """The mean of each domain and of all; the latter resamples within domains: their sizes are fixed. Values
         lie between `lowest` and 1."""
         if len(values) != sum(map(len, self._members.values())):
             raise ValueError(f"{len(values)} values for {sum(map(len, self._members.values()))} prompts")
@@ -68,11 +71,11 @@ class Bootstrap:
         return list(enumerate(self._members.items()))
 
     def _resampled_sums(self, values: NDArray[np.float64], number: int) -> NDArray[np.float64]:
-        """Sums [resamples] of as many values drawn with replacement, the same draws at every call."""
+        """Sums [resamples] of as many values chosen with replacement, the same choices at every call."""
         generator = np.random.default_rng([self._seed, number])
         sizes = [min(_CHUNK, self._resamples - start) for start in range(0, self._resamples, _CHUNK)]
-        draws = (values[generator.integers(len(values), size=(size, len(values)))].sum(axis=1) for size in sizes)
-        return np.concatenate(list(draws))
+        sums = (values[generator.integers(len(values), size=(size, len(values)))].sum(axis=1) for size in sizes)
+        return np.concatenate(list(sums))
 
 
 def _estimate(values: NDArray[np.float64], sums: NDArray[np.float64], lowest: float) -> Estimate:

@@ -23,11 +23,14 @@ _VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥", "": "∅"}
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token and each expert's share |c_i| / sum |c_j| of its coefficients [E]."""
+    """One token of an answer."""
 
     text: str
+    """What it adds to the answer."""
     shares: list[float]
+    """[E], each expert's |c_i| / sum |c_j|."""
     coefficients: dict[str, float]
+    """Expert -> c_i."""
 
     @property
     def entropy(self) -> float:
@@ -40,9 +43,13 @@ class ExplainedAnswer:
     """An answer to one prompt, token by token."""
 
     model: str
+    """Which answered."""
     prompt: str
+    """The user's message."""
     experts: list[str]
+    """[E], names."""
     tokens: list[Token]
+    """Of the answer, in order."""
 
     @property
     def colours(self) -> list[str]:
@@ -129,10 +136,10 @@ def _token(entry: dict[str, Any]) -> Token:
 
 
 def _html_token(answer: ExplainedAnswer, token: Token) -> str:
-    told = ", ".join(f"{name} {value:.2f}" for name, value in token.coefficients.items())
+    weights = ", ".join(f"{name} {value:.2f}" for name, value in token.coefficients.items())
     height = 100 * token.entropy / math.log2(max(2, len(answer.experts)))
     return (
-        f'<span class="token" title="{html.escape(f"{told}; entropy {token.entropy:.2f} bits", quote=True)}">'
+        f'<span class="token" title="{html.escape(f"{weights}; entropy {token.entropy:.2f} bits", quote=True)}">'
         f'<b style="background:{blend(token.shares, answer.colours)}">{html.escape(_shown(token.text))}</b>'
         f'<i class="bar"><i style="height:{height:.0f}%"></i></i></span>'
     )

@@ -38,9 +38,10 @@ class GraderError(GateError):
 
 
 class Grader(Protocol):
-    """`workers`: how many threads may call it at once."""
+    """Says how right a response is."""
 
     workers: int
+    """How many threads may call it at once."""
 
     def problem(self, row: Row) -> str | None:
         """Why responses to this row cannot be graded, or None."""
@@ -140,7 +141,7 @@ class Json:
         try:
             validator_for(schema).check_schema(schema)
         except SchemaError as error:
-            return f"its schema is none: {error.message[:80]}"
+            return f"its schema is not a JSON schema: {error.message[:80]}"
         return None
 
     def __call__(self, row: Row, text: str) -> float:

@@ -13,11 +13,14 @@ from gate.evaluation.evaluate import EvaluationError, Results, load_results
 
 @dataclass(frozen=True, slots=True)
 class ResultTable:
-    """Accuracies by row label and domain, and the draws they came from."""
+    """Accuracies by row label and domain."""
 
     bootstrap: Bootstrap
-    right: dict[str, list[int]]  # label -> 0 or 1 for each prompt
+    """The resamples that the intervals come from."""
+    right: dict[str, list[int]]
+    """Label -> 0 or 1 for each prompt."""
     cells: dict[str, dict[str, Estimate]]
+    """Label -> domain, or "all" -> accuracy."""
 
     @property
     def columns(self) -> list[str]:
@@ -31,10 +34,15 @@ class Comparison:
     """The row under test against the best of some other rows, column by column."""
 
     label: str
-    others: str  # which rows these are, in words
-    best: dict[str, str]  # column -> the other row with the highest accuracy
-    difference: dict[str, Estimate]  # paired, in shares
-    apart: dict[str, bool]  # whether the two rows' own intervals do not overlap
+    """The row under test."""
+    others: str
+    """Which rows it is compared with, in words."""
+    best: dict[str, str]
+    """Column -> the other row with the highest accuracy."""
+    difference: dict[str, Estimate]
+    """Column -> the row under test minus the best other, paired, in shares."""
+    apart: dict[str, bool]
+    """Column -> whether the two rows' own intervals do not overlap."""
 
 
 def join(files: Sequence[Path]) -> Results:

@@ -48,8 +48,8 @@ def bare(function):
         return False
 
 job = json.load(sys.stdin)
-for name, most in job.pop("limits").items():
-    resource.setrlimit(getattr(resource, name), (most, most))
+for name, limit in job.pop("limits").items():
+    resource.setrlimit(getattr(resource, name), (limit, limit))
 verdict, nothing = os.dup(1), os.open(os.devnull, os.O_RDWR)
 for number in (0, 1, 2):
     os.dup2(nothing, number)
@@ -75,25 +75,30 @@ _PROBE = "import collections, json, math, random, re"
 
 @dataclass(frozen=True, slots=True)
 class SandboxLimits:
-    """Of one run: seconds by the clock and of each process's processor time, bytes of memory of each process, processes
-    and threads, bytes of each file."""
+    """Of one run."""
 
     seconds: float = 10.0
+    """By the clock, and of each process's processor time."""
     memory: int = 1 << 30
+    """Bytes of each process."""
     processes: int = 32
+    """Processes and threads."""
     file_bytes: int = 16 << 20
+    """Of each file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Isolation:
-    """How a child is kept apart from its surroundings. `namespaces`: no network, its own process numbers. `hides`: a
-    /proc of its own, too, where no other process stands. `user`: runs as a user that nothing else belongs to, and may
-    (`reads`, where Python itself could not be read otherwise) read what this one may."""
+    """How a child is kept apart from its surroundings."""
 
     namespaces: bool = False
+    """No network, its own process numbers."""
     hides: bool = False
+    """A /proc of its own, too, where no other process stands."""
     user: bool = False
+    """Runs as a user that nothing else belongs to."""
     reads: bool = False
+    """And may read what this user may, where Python itself could not be read otherwise."""
 
     @property
     def name(self) -> str:

@@ -7,19 +7,20 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A measurement after `step` updates (phase "broadcast") or steps (phase "refine"); None for what was not measured.
-
-    `loss`: mean training loss since the last point. `validation`: on held-out prompts, the loss (broadcast) or the
-    greedy policy's mean reward (refine). `reward`: of the policy's samples. `divergence`: nats a token from the start
-    model.
-    """
+    """A measurement; None for what was not measured."""
 
     phase: str
+    """"broadcast" (recorded responses) or "refine" (the gate's own samples)."""
     step: int
+    """Updates (broadcast) or steps (refine) before it."""
     loss: float | None = None
+    """Mean training loss since the last point."""
     validation: float | None = None
+    """On held-out prompts: the loss (broadcast), or the greedy policy's mean reward (refine)."""
     reward: float | None = None
+    """Mean, of the policy's samples."""
     divergence: float | None = None
+    """Nats a token from the gate at the start of the phase."""
 
 
 def write_csv(points: list[Point], path: Path) -> None:
@@ -38,10 +39,10 @@ def plot(points: list[Point], path: Path) -> None:
     phases = [phase for phase in ("broadcast", "refine") if any(point.phase == phase for point in points)]
     figure = Figure(figsize=(5 * len(phases), 3.5), layout="constrained")
     FigureCanvasAgg(figure)
-    drawn = {"broadcast": ("loss", "validation"), "refine": ("reward", "validation", "divergence")}
+    curves = {"broadcast": ("loss", "validation"), "refine": ("reward", "validation", "divergence")}
     for place, phase in enumerate(phases, 1):
         axes = figure.add_subplot(1, len(phases), place)
-        for name in drawn[phase]:
+        for name in curves[phase]:
             of = [(point.step, getattr(point, name)) for point in points if point.phase == phase]
             known = [(step, value) for step, value in of if value is not None]
             if known:

@@ -1,4 +1,5 @@
-"""Graded responses in memory: what every expert showed at every token, and each response's reward.
+"""Records in memory: what every expert showed at every token of graded responses, and each response's reward, as
+tensors to learn from. On disk they are the shards of `gate.training.records`.
 
 Flat tensors over tokens, in the half precision of the records: N tokens take about N * (6 E K + 2 sum(H_i)) bytes, and
 loading takes no more than that and one shard. Knows nothing of models, of gates or of how responses were made.
@@ -18,19 +19,24 @@ from gate.training.records import Manifest, RecordError, Response, open_shard, r
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """R responses with N tokens in all, one response after the other. E experts, K listed ids.
-
-    `rewards` hold whole-response correctness only; nothing here says which token was right.
-    """
+    """R responses with N tokens in all, one response after the other. E experts, K listed ids."""
 
     vocabulary_size: int
-    topk_logprobs: Tensor  # float16 [N, E, K], best first, before the token was chosen
-    topk_ids: Tensor  # int32 [N, E, K]
-    hidden: list[Tensor]  # E times float16 [N, H_i], what enters each expert's output layer; or none
-    tokens: Tensor  # int32 [N], the response's token at this position
-    lengths: Tensor  # int64 [R], tokens per response, end token included
-    rewards: Tensor  # float32 [R], 0..1
-    prompts: list[str]  # R ids
+    """V."""
+    topk_logprobs: Tensor
+    """float16 [N, E, K], best first, before the token was chosen."""
+    topk_ids: Tensor
+    """int32 [N, E, K]; -1 where an expert gave nothing."""
+    hidden: list[Tensor]
+    """E times float16 [N, H_i], what enters each expert's output layer; empty where left out."""
+    tokens: Tensor
+    """int32 [N], the response's token at this position."""
+    lengths: Tensor
+    """int64 [R], tokens of each response, end token included."""
+    rewards: Tensor
+    """float32 [R], 0 to 1, of all of a response: nothing says which of its tokens was right."""
+    prompts: list[str]
+    """[R], ids."""
 
     @property
     def experts(self) -> int:
@@ -55,15 +61,22 @@ class Records:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """B responses of at most T tokens, M tokens in all: `mask` bool [B, T] says where they are."""
+    """B responses of at most T tokens, M tokens in all."""
 
     vocabulary_size: int
-    topk_logprobs: Tensor  # float32 [M, E, K]
-    topk_ids: Tensor  # int64 [M, E, K]
-    hidden: list[Tensor]  # E times float32 [M, H_i], or none
-    tokens: Tensor  # int64 [M]
-    rewards: Tensor  # float32 [B]
+    """V."""
+    topk_logprobs: Tensor
+    """float32 [M, E, K]."""
+    topk_ids: Tensor
+    """int64 [M, E, K]."""
+    hidden: list[Tensor]
+    """E times float32 [M, H_i], or empty."""
+    tokens: Tensor
+    """int64 [M]."""
+    rewards: Tensor
+    """float32 [B]."""
     mask: Tensor
+    """bool [B, T], where the M tokens are."""
 
 
 def load(directory: Path, *, hidden: bool) -> tuple[Manifest, Records]:

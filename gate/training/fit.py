@@ -41,31 +41,44 @@ def finite(value: float, what: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Broadcast:
-    """Settings of the recorded-response objective. The learning rate falls linearly to zero over `updates`; it ends
-    earlier when `patience` measurements on held-out prompts, one every `interval` updates, brought nothing better."""
+    """Settings of the first phase, on recorded responses."""
 
     updates: int = 1000
-    batch_size: int = 128  # responses
+    """At most."""
+    batch_size: int = 128
+    """Responses an update."""
     learning_rate: float = 3e-3
+    """At the start; it falls linearly to zero over `updates`."""
     negative_weight: float = 0.02
+    """Of the tokens of wrong responses, where those of right ones have 1."""
     interval: int = 50
+    """Updates between measurements on held-out prompts."""
     patience: int = 6
+    """Measurements in a row that brought nothing better, after which it ends."""
 
 
 @dataclass(slots=True)
 class FitProgress:
-    """Where a training is: all that is needed to go on. `best`: the weights with the best `score` so far (higher is
-    better); `start`: those with which the phase began; the step and the optimiser belong to the current phase."""
+    """Where a training is: all that is needed to go on."""
 
     phase: str = "broadcast"
+    """"broadcast" (recorded responses), then perhaps "refine" (the gate's own samples)."""
     step: int = 0
+    """Updates, or steps, of the phase that are done."""
     score: float = float("-inf")
-    since: int = 0  # measurements since the best
+    """The best measurement of the phase; higher is better."""
+    since: int = 0
+    """Measurements since the best one."""
     start: dict[str, Tensor] = field(default_factory=dict)
+    """Weights with which the phase began; empty in the first."""
     best: dict[str, Tensor] = field(default_factory=dict)
+    """Weights of the best measurement."""
     model: dict[str, Tensor] = field(default_factory=dict)
+    """Weights at `step`; empty before the first measurement of the phase."""
     optimizer: dict[str, Any] = field(default_factory=dict)
+    """The optimiser's state at `step`."""
     points: list[Point] = field(default_factory=list)
+    """All that was measured, of all phases."""
 
     def measure(self, model: GateModel, score: float) -> None:
         """Keep the weights if none were better so far."""
@@ -89,19 +102,19 @@ class FitProgress:
 
 def held_out(prompt: str, seed: int, share: float) -> bool:
     """Whether a prompt is for validation: a function of its id and the seed."""
-    drawn = hashlib.sha256(f"{seed} {prompt}".encode()).digest()[:8]
-    return int.from_bytes(drawn) < share * 2**64
+    point = hashlib.sha256(f"{seed} {prompt}".encode()).digest()[:8]
+    return int.from_bytes(point) < share * 2**64
 
 
-def split(records: Records, *, seed: int, share: float, most: int | None) -> tuple[Tensor, Tensor]:
-    """(responses to train on, responses to validate on), of `most` drawn at random if given; no prompt is in both.
+def split(records: Records, *, seed: int, share: float, limit: int | None) -> tuple[Tensor, Tensor]:
+    """(responses to train on, responses to validate on), of `limit` chosen at random if given; no prompt is in both.
 
     Raises TrainingError if there is no right or no wrong response to train on.
     """
     order = torch.randperm(len(records.rewards), generator=torch.Generator().manual_seed(seed))
-    if most is not None and most > len(order):
-        raise TrainingError(f"{most} responses are wanted, the records have {len(order)}")
-    chosen = order[:most]
+    if limit is not None and limit > len(order):
+        raise TrainingError(f"{limit} responses are wanted, the records have {len(order)}")
+    chosen = order[:limit]
     held = torch.tensor([held_out(records.prompts[number], seed, share) for number in chosen.tolist()])
     training = chosen[~held]
     for name, there in (("right", records.rewards[training] >= RIGHT), ("wrong", records.rewards[training] < RIGHT)):
@@ -135,7 +148,7 @@ def fit(
             break
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * (1 - step / settings.updates)
-        batch = records.batch(_drawn(training, settings.batch_size, step, seed), device)
+        batch = records.batch(_batch(training, settings.batch_size, step, seed), device)
         logprobs, mask = token_logprobs(model, contract.space, batch)
         loss = broadcast_loss(logprobs, mask, batch.rewards, settings.negative_weight)
         optimizer.zero_grad()
@@ -152,7 +165,7 @@ def fit(
     model.load_state_dict(progress.best)
 
 
-def _drawn(training: Tensor, size: int, step: int, seed: int) -> Tensor:
+def _batch(training: Tensor, size: int, step: int, seed: int) -> Tensor:
     """The responses of update number `step`: the training set in an order of its own each time round."""
     size = min(size, len(training))
     turn, place = divmod(step, len(training) // size)

@@ -9,7 +9,8 @@
         (index into the manifest's), temperatures float32[R]. The header holds the prompts' ids, a digest of the tensors
         and the manifest's sha256, so that no shard passes for another recording's.
 
-Every file is written whole or not at all. Knows nothing of models, of gates or of torch.
+Every file is written whole or not at all. In memory, for training, the same is `gate.training.dataset.Records`. Knows
+nothing of models, of gates or of torch.
 """
 
 import contextlib
@@ -48,24 +49,30 @@ class RecordError(GateError):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a directory of records holds. E = len(experts), K = top_k, V = vocabulary_size.
-
-    `models`: a fingerprint of each expert's files. `hidden_sizes`: H_i, empty where hidden states were left out.
-    `prompts`: sha256 of the prompts file. `sources`: names of what wrote the responses. `settings`: all else that
-    decides which responses are planned and what they are.
-    """
+    """What a directory of records holds. E = len(experts), K = top_k, V = vocabulary_size."""
 
     format_version: int
+    """`FORMAT_VERSION` of the program that wrote it."""
     experts: list[str]
+    """Names, in the order of the E axis."""
     models: list[str]
+    """[E], a fingerprint of each expert's files."""
     vocabulary_hash: str
+    """sha256 (hexadecimal) of the experts' common vocabulary."""
     vocabulary_size: int
+    """V, as the models have it."""
     top_k: int
+    """Listed candidates of each expert and token."""
     hidden_sizes: list[int]
+    """[E], H_i; empty where hidden states were left out."""
     prompts: str
+    """sha256 (hexadecimal) of the prompts file."""
     grader: str
+    """As given to `--grader`."""
     sources: list[str]
+    """Names of what wrote the responses: experts, policies, "gate", "answer", "response"."""
     settings: dict[str, Any]
+    """All else that decides which responses are planned and what they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +80,25 @@ class Response:
     """One graded response of T tokens."""
 
     task: int
+    """Which of the planned responses it is."""
     prompt: int
+    """Place of its prompt in the prompts file, from 0."""
     prompt_id: str
+    """The prompt's id."""
     source: int
+    """What wrote it: an index into the manifest's `sources`."""
     temperature: float
+    """At which it was sampled."""
     reward: float
-    tokens: Array  # int32 [T]
-    topk_ids: Array  # int32 [T, E, K]
-    topk_logprobs: Array  # float32 [T, E, K]
-    hidden: list[Array]  # E times float [T, H_i], or none
+    """Of all of it, 0 to 1."""
+    tokens: Array
+    """int32 [T], its own."""
+    topk_ids: Array
+    """int32 [T, E, K], best first; -1 where an expert gave nothing."""
+    topk_logprobs: Array
+    """float32 [T, E, K], over the whole vocabulary, before the token was chosen; -inf where an expert gave nothing."""
+    hidden: list[Array]
+    """E times float [T, H_i], what enters each expert's output layer; empty where left out."""
 
     @property
     def nbytes(self) -> int:

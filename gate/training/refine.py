@@ -1,7 +1,7 @@
 """On-policy refinement: a group-relative policy gradient on the gate's own samples.
 
-Each step draws several responses to each of a few prompts from the fused policy, rewards whole responses, and moves the
-gate towards those better than their group. Where samples come from is the caller's (`Policy`): the samples of
+Each step samples several responses to each of a few prompts from the fused policy, rewards whole responses, and moves
+the gate towards those better than their group. Where samples come from is the caller's (`Policy`): the samples of
 `polylogit train` come through a deployment, so that what is trained is what is served.
 """
 
@@ -24,20 +24,28 @@ from gate.training.objective import clipped_policy_loss, divergence, group_advan
 
 @dataclass(frozen=True, slots=True)
 class Refinement:
-    """Settings of the refinement; `epochs` updates are made on each step's samples, `divergence_weight` holds the gate
-    near the one it started from. `temperature` is of the samples, and so of the policy that learns from them. It ends
-    early when `patience` validations, one every `interval` steps, brought nothing better."""
+    """Settings of the second phase, on the gate's own samples."""
 
     steps: int
+    """At most."""
     prompts: int = 32
+    """Prompts a step."""
     group: int = 8
+    """Samples a prompt, compared with each other."""
     epochs: int = 4
+    """Updates on each step's samples."""
     learning_rate: float = 1e-3
+    """The same throughout."""
     clip: float = 0.2
+    """How far the ratio of new and old probability may move from 1."""
     divergence_weight: float = 0.01
+    """Of what holds the gate near the one it started from."""
     temperature: float = 1.0
+    """Of the samples, and so of the policy that learns from them."""
     interval: int = 10
+    """Steps between validations."""
     patience: int = 4
+    """Validations in a row that brought nothing better, after which it ends."""
 
 
 class Policy(Protocol):
@@ -103,7 +111,7 @@ def update(
     settings: Refinement,
     optimizer: torch.optim.Optimizer,
 ) -> float | None:
-    """Learns from one step's samples; nats a token between the policy that drew them and `start`, None if no group had
+    """Learns from one step's samples; nats a token between the policy that made them and `start`, None if no group had
     both better and worse responses."""
     advantages = group_advantages(made.rewards, settings.group)
     useful = advantages.nonzero().squeeze(1)

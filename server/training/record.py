@@ -43,26 +43,35 @@ from server.training.recorder import (
 from server.training.rollout import Rollout, Rollouts, Task, Texts
 
 GIVEN = ("answer", "response")
-"""Sources that are not drawn: the prompts file's answers, and a responses file's."""
+"""Sources that are not sampled: the prompts file's answers, and a responses file's."""
 _GRADE_AHEAD = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All responses of a recording, in the order of their numbers. `source` is an index into `sources`."""
+    """All responses of a recording, in the order of their numbers."""
 
     questions: list[Question]
+    """To respond to."""
     sources: list[str]
+    """Names of what writes responses; elsewhere a source is an index into them."""
     policies: list[Policy]
-    given: list[list[tuple[int, str]]]  # for each question (source, text)
+    """Of each source; of one that is not sampled, any."""
+    given: list[list[tuple[int, str]]]
+    """For each question (source, text) of the responses that are not sampled."""
     samples: int
+    """Responses of each other source to each question."""
     temperature: float
+    """Of the sampling."""
     seed: int
+    """Of the sampling."""
 
     @property
     def size(self) -> int:
-        drawn = len(self.questions) * self.samples * (len(self.policies) - sum(name in GIVEN for name in self.sources))
-        return drawn + sum(map(len, self.given))
+        sampled = (
+            len(self.questions) * self.samples * (len(self.policies) - sum(name in GIVEN for name in self.sources))
+        )
+        return sampled + sum(map(len, self.given))
 
     def tasks(self, texts: Texts, done: set[int]) -> Iterator[tuple[Task, int, int]]:
         """(task, row, source) for every number that is not `done`."""
@@ -151,7 +160,7 @@ def _plan(config: Config, options: RecordOptions) -> Plan:
 
 
 def _policies(config: Config, options: RecordOptions) -> dict[str, Policy]:
-    """What draws responses: name -> policy."""
+    """What samples responses: name -> policy."""
     offered: dict[str, Policy] = {name: Single(name) for name in config.expert_names}
     offered |= {name: policy for name, policy in config.policies.items() if not needs_gate(policy)}
     names = offered if options.policies is None else options.policies

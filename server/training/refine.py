@@ -30,8 +30,8 @@ from server.training.rollout import Rollout, Rollouts, Task, Texts
 
 
 class DeployedPolicy:
-    """Draws through `deployment`, which runs a recording gate of `contract`; `directory` takes the checkpoints that are
-    loaded into it. Prompts are numbers of `questions`."""
+    """Samples through `deployment`, which runs a recording gate of `contract`; `directory` takes the checkpoints that
+    are loaded into it. Prompts are numbers of `questions`."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ def deployed_policy(
     *,
     max_tokens: int,
 ) -> Iterator[DeployedPolicy]:
-    """The deployment, started to draw with `model`. Raises StartError."""
+    """The deployment, started to sample with `model`. Raises StartError."""
     sizes = hidden_sizes(config) if "hidden" in contract.inputs else []
     with recording_deployment(config, sizes, (_on_cpu(model), contract)) as (deployment, directory):
         yield DeployedPolicy(config, deployment, directory, contract, questions, grader, max_tokens=max_tokens)

@@ -33,30 +33,38 @@ _LOOK_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One response to make: `prompts` holds token ids for each expert. With `given` the response is these tokens, only
-    scored; without, it is drawn with `seed`. `number` names the task."""
+    """One response to make."""
 
     number: int
+    """What the task is called."""
     prompts: list[list[int]]
+    """Token ids for each expert."""
     policy: Policy
+    """What samples it."""
     temperature: float = 1.0
+    """Of the sampling; 0 is greedy."""
     seed: int = 0
+    """Of the sampling."""
     given: list[int] = field(default_factory=list)
+    """If any, the response is these tokens, and is only scored."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """What became of a task: T tokens, E experts, K listed ids. `finished`: it ended by itself, or was given.
-
-    `projected` [T, E, d]: the experts' hidden states under a recording gate, padded to the widest; d is 0 without one.
-    """
+    """What became of a task: T tokens, E experts, K listed ids."""
 
     task: Task
-    tokens: Array  # int32 [T]
-    ids: Array  # int32 [T, E, K]
-    logprobs: Array  # float32 [T, E, K]
-    projected: Array  # float16 [T, E, d]
+    """Which."""
+    tokens: Array
+    """int32 [T], the response's own."""
+    ids: Array
+    """int32 [T, E, K], each expert's list at each token."""
+    logprobs: Array
+    """float32 [T, E, K], best first."""
+    projected: Array
+    """float16 [T, E, d], the experts' hidden states, padded to the widest, under a recording gate; d is 0 without."""
     finished: bool
+    """It ended by itself, or was given."""
 
 
 class Texts:
@@ -90,9 +98,9 @@ class Texts:
         longest = max((len(self.response(text)) for text in responses), default=1)
         for expert, prompt in zip(self._experts, self.prompts(question), strict=True):
             if len(prompt) + longest > expert.max_model_len:
-                whole = f"{len(prompt)} tokens and a response of {longest}"
+                length = f"{len(prompt)} tokens and a response of {longest}"
                 raise StartError(
-                    f"prompt {question.id!r}: {whole}; expert {expert.name} has room for {expert.max_model_len}"
+                    f"prompt {question.id!r}: {length}; expert {expert.name} has room for {expert.max_model_len}"
                 )
 
     def response(self, text: str) -> list[int]:
@@ -206,5 +214,5 @@ class _Growing:
 
 def _half(values: Array) -> Array:
     """float32 -> float16, never infinite."""
-    most = np.finfo(np.float16).max
-    return values.clip(-most, most).astype(np.float16)
+    largest = np.finfo(np.float16).max
+    return values.clip(-largest, largest).astype(np.float16)

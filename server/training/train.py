@@ -1,5 +1,5 @@
 """`polylogit train`: a gate from the records of `polylogit record`, and, with `--refine-steps`, from its own samples,
-drawn through the deployment that will serve it.
+made by the deployment that will serve it.
 
 Arguments, files and the deployment; the learning itself is in `gate`.
 """
@@ -72,7 +72,7 @@ def _fit(options: TrainOptions, model: GateModel, contract: Contract, records: R
     if log.progress.phase != "broadcast":
         model.load_state_dict(log.progress.start)
         return
-    parts = split(records, seed=options.seed, share=options.validation, most=options.responses)
+    parts = split(records, seed=options.seed, share=options.validation, limit=options.responses)
     right = float(records.rewards[parts[0]].mean())
     device = next(model.parameters()).device
     sizes = f"{len(parts[0])} responses to train on ({100 * right:.0f}% right), {len(parts[1])} to validate on"
@@ -120,7 +120,7 @@ def _refine(
 
 
 def _samples(config: Config, options: RefineOptions) -> tuple[list[Question], Grader] | None:
-    """What a refinement draws for: prompts and their grader; None without one."""
+    """What a refinement samples for: prompts and their grader; None without one."""
     if not options.refine_steps:
         if options.prompts is not None or options.grader is not None:
             raise ConfigError("--prompts and --grader are for --refine-steps; the records have their own")

@@ -20,8 +20,10 @@ from gate.evaluation.prompts import Question, read_prompts
 class Sequences:
     """Rows padded on the right. B rows, T tokens."""
 
-    ids: Tensor  # int64 [B, T]
-    answer: Tensor  # bool [B, T], the answer's tokens, its end included
+    ids: Tensor
+    """int64 [B, T]."""
+    answer: Tensor
+    """bool [B, T], the answer's tokens, its end included."""
 
     def to(self, device: str) -> "Sequences":
         return Sequences(self.ids.to(device), self.answer.to(device))

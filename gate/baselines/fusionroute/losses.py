@@ -18,8 +18,8 @@ def routing_loss(scores: Tensor, experts: Tensor, targets: Tensor) -> Tensor:
 
     `experts` [N, E, V], `targets` int64 [N]. 0 where they agree everywhere.
     """
-    told = experts.gather(2, targets.view(-1, 1, 1).expand(-1, experts.size(1), 1)).squeeze(2)  # [N, E]
-    values = -(scores.softmax(-1) * told).sum(1)
+    given = experts.gather(2, targets.view(-1, 1, 1).expand(-1, experts.size(1), 1)).squeeze(2)  # [N, E]
+    values = -(scores.softmax(-1) * given).sum(1)
     differ = disagreement(experts)
     return (values * differ).sum() / differ.sum().clamp_min(1)
 

@@ -23,10 +23,15 @@ class Settings:
     """Of both phases; an epoch reads every prompt, or pair, once."""
 
     epochs: int
+    """On reference answers."""
     preference_epochs: int = 1
+    """On preferences."""
     batch_size: int = 32
+    """Prompts, or pairs, an update."""
     learning_rate: float = 1e-3
+    """On reference answers, the highest of one cycle."""
     preference_rate: float = 1e-4
+    """Learning rate on preferences."""
 
 
 class RouterModel:
@@ -46,18 +51,18 @@ class RouterModel:
         return logits.float().log_softmax(-1), self.head(hidden.float()), targets
 
     @torch.no_grad()
-    def told(self, rows: Sequences) -> Tensor:
+    def expert_logprobs(self, rows: Sequences) -> Tensor:
         """The experts' log-probabilities [N, E, V]."""
-        said = [logits_at(expert, rows.ids[:, :-1], rows.answer[:, 1:])[0] for expert in self.experts]
-        return torch.stack([logits.float().log_softmax(-1) for logits in said], dim=1)
+        logits = [logits_at(expert, rows.ids[:, :-1], rows.answer[:, 1:])[0] for expert in self.experts]
+        return torch.stack([each.float().log_softmax(-1) for each in logits], dim=1)
 
     def rows(self, pairs: list[tuple[Question, str]]) -> Sequences:
         return self.encoder.batch(pairs).to(self.device)
 
-    def response_logprobs(self, rows: Sequences, told: Tensor) -> Tensor:
-        """log p [B] of each row's whole answer under the combined policy; `told` [N, E, V] by the experts."""
+    def response_logprobs(self, rows: Sequences, experts: Tensor) -> Tensor:
+        """log p [B] of each row's whole answer under the combined policy; `experts` [N, E, V] are theirs."""
         router, scores, targets = self.forward(rows)
-        return _sums(combined(router, scores, told).gather(1, targets.unsqueeze(1)).squeeze(1), rows)
+        return _sums(combined(router, scores, experts).gather(1, targets.unsqueeze(1)).squeeze(1), rows)
 
     @torch.no_grad()
     def measure(self, pairs: list[tuple[Question, str]], size: int) -> tuple[float, float]:
@@ -69,7 +74,7 @@ class RouterModel:
         for at in range(0, len(pairs), size):
             rows = self.rows(pairs[at : at + size])
             router, scores, targets = self.forward(rows)
-            policy = combined(router, scores, self.told(rows))
+            policy = combined(router, scores, self.expert_logprobs(rows))
             found += float((_sums((policy.argmax(1) != targets).float(), rows) == 0).sum())
             total += float(policy.gather(1, targets.unsqueeze(1)).sum())
         return found / len(pairs), total / len(pairs)
@@ -92,12 +97,12 @@ def fit_references(
     for epoch in range(settings.epochs):
         for batch in batches(train, settings.batch_size, rng):
             rows = router.rows(batch)
-            told = router.told(rows)
+            experts = router.expert_logprobs(rows)
             made, scores, targets = router.forward(rows)
-            _update(optimizer, sft_loss(made, scores, told, targets), router)
+            _update(optimizer, sft_loss(made, scores, experts, targets), router)
             rate.step()
         value = router.measure(validation, settings.batch_size)
-        print(f"sft {epoch + 1}/{settings.epochs}: {_told(value)}", flush=True)
+        print(f"sft {epoch + 1}/{settings.epochs}: {_shown(value)}", flush=True)
         if value > best[0]:
             best = value, copy.deepcopy((router.model.state_dict(), router.head.state_dict()))
     router.model.load_state_dict(best[1][0])
@@ -121,13 +126,13 @@ def fit_preferences(
         for batch in batches(pairs, settings.batch_size, rng):
             right = router.rows([(question, good) for question, good, _ in batch])
             wrong = router.rows([(question, bad) for question, _, bad in batch])
-            told = router.told(right), router.told(wrong)
+            experts = router.expert_logprobs(right), router.expert_logprobs(wrong)
             with torch.no_grad():
-                before_right, before_wrong = map(start.response_logprobs, (right, wrong), told)
-            now_right, now_wrong = map(router.response_logprobs, (right, wrong), told)
+                before_right, before_wrong = map(start.response_logprobs, (right, wrong), experts)
+            now_right, now_wrong = map(router.response_logprobs, (right, wrong), experts)
             _update(optimizer, preference_loss(now_right, now_wrong, before_right, before_wrong), router)
     after = router.measure(validation, settings.batch_size)
-    print(f"cdpo: {_told(before)} -> {_told(after)}", flush=True)
+    print(f"cdpo: {_shown(before)} -> {_shown(after)}", flush=True)
     if after[0] < before[0]:
         router.model.load_state_dict(start.model.state_dict())
         print("cdpo taken back", flush=True)
@@ -139,7 +144,7 @@ def _sums(values: Tensor, rows: Sequences) -> Tensor:
     return values.new_zeros(len(rows.ids)).index_add(0, owner, values)
 
 
-def _told(measured: tuple[float, float]) -> str:
+def _shown(measured: tuple[float, float]) -> str:
     return f"{measured[0]:.3f} of the validation answers right, log-probability {measured[1]:.3f}"
 
 

@@ -156,7 +156,7 @@ def test_logprobs_are_those_of_the_whole_model(config, tmp_path):
         assert not torch.allclose(model.lm_head(entering).log_softmax(-1), whole, atol=1e-2)
         logprobs, scores, targets = router.forward(rows)
     torch.testing.assert_close(logprobs, whole)
-    torch.testing.assert_close(router.told(rows)[:, 0], whole)
+    torch.testing.assert_close(router.expert_logprobs(rows)[:, 0], whole)
     torch.testing.assert_close(scores, router.head(entering))
     (tmp_path / "p.jsonl").write_text(json.dumps(row))
     count = int(rows.answer[0].sum())
@@ -169,10 +169,10 @@ def test_response_logprobs_sum_each_rows_own_answer():
     questions = [Question(str(i), "d", [{"role": "user", "content": "x" * (5 * i)}], {}) for i in range(2)]
     router = RouterModel(small_model(0), [small_model(1), small_model(2)], encoder, "cpu")
     rows = router.rows([(questions[0], "long answer"), (questions[1], "no")])
-    together = router.response_logprobs(rows, router.told(rows))
+    together = router.response_logprobs(rows, router.expert_logprobs(rows))
     for at, (question, text) in enumerate([(questions[0], "long answer"), (questions[1], "no")]):
         alone = router.rows([(question, text)])
-        torch.testing.assert_close(router.response_logprobs(alone, router.told(alone))[0], together[at])
+        torch.testing.assert_close(router.response_logprobs(alone, router.expert_logprobs(alone))[0], together[at])
 
 
 def test_an_answer_counts_as_right_when_greedy_decoding_gives_it():

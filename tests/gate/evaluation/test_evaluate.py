@@ -5,6 +5,7 @@ import json
 import httpx
 import numpy as np
 import pytest
+from scipy import stats
 
 from gate.evaluation.bootstrap import Bootstrap
 from gate.evaluation.evaluate import (
@@ -207,6 +208,22 @@ def test_where_all_pairs_differ_alike_the_interval_is_exact(right, other):
     assert found.mean == difference
     assert found.low == pytest.approx(chance * difference - (1 - chance))
     assert found.high == pytest.approx(chance * difference + (1 - chance))
+
+
+def test_intervals_are_those_of_scipy():
+    """Each domain resampled by itself, and the mean of all; the ends move by the noise of 10,000 resamples."""
+    rng = np.random.default_rng(0)
+    domains, right = ["a"] * 40 + ["b"] * 60, (rng.random(100) < np.repeat([0.3, 0.8], [40, 60])).astype(int)
+    found = Bootstrap(domains).accuracy(right)
+    parts = {"a": (right[:40],), "b": (right[40:],), "all": (right[:40], right[40:])}
+    for name, samples in parts.items():
+
+        def mean(*resampled, axis=-1):
+            return sum(each.sum(axis=axis) for each in resampled) / sum(each.shape[axis] for each in resampled)
+
+        expected = stats.bootstrap(samples, mean, n_resamples=10_000, method="percentile", rng=rng).confidence_interval
+        assert found[name].mean == pytest.approx(mean(*samples))
+        assert (found[name].low, found[name].high) == pytest.approx(tuple(expected), abs=0.0251)
 
 
 def test_join_refuses_other_prompts_and_repeated_rows(tmp_path):

@@ -98,14 +98,14 @@ def test_broadcast_loss_directions():
 
 def test_split_is_by_prompt_and_seeded():
     made = dataclasses.replace(records(responses=200), prompts=[f"p{number // 5}" for number in range(200)])
-    training, validation = split(made, seed=0, share=0.2, most=None)
+    training, validation = split(made, seed=0, share=0.2, limit=None)
     assert sorted([*training.tolist(), *validation.tolist()]) == list(range(200))
     names = [{made.prompts[number] for number in part.tolist()} for part in (training, validation)]
     assert not names[0] & names[1]
     assert 0.05 < len(names[1]) / 40 < 0.4
-    again, other = (split(made, seed=seed, share=0.2, most=None)[1].tolist() for seed in (0, 1))
+    again, other = (split(made, seed=seed, share=0.2, limit=None)[1].tolist() for seed in (0, 1))
     assert again == validation.tolist() != other
-    fewer = split(made, seed=0, share=0.2, most=50)
+    fewer = split(made, seed=0, share=0.2, limit=50)
     assert len(fewer[0]) + len(fewer[1]) == 50
     assert not any(held_out(made.prompts[number], 0, 0.2) for number in fewer[0].tolist())
 
@@ -114,9 +114,9 @@ def test_nothing_to_learn_from():
     made = records(responses=10)
     for rewards, word in ((torch.zeros(10), "right"), (torch.ones(10), "wrong")):
         with pytest.raises(TrainingError, match=f"none of the 10 responses to train on is {word}"):
-            split(dataclasses.replace(made, rewards=rewards), seed=0, share=0.0, most=None)
+            split(dataclasses.replace(made, rewards=rewards), seed=0, share=0.0, limit=None)
     with pytest.raises(TrainingError, match="11 responses are wanted, the records have 10"):
-        split(made, seed=0, share=0.0, most=11)
+        split(made, seed=0, share=0.0, limit=11)
 
 
 def test_the_best_weights_are_kept_and_training_stops_early():
