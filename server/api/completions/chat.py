@@ -95,7 +95,7 @@ class ChatEncoder(ResponseEncoder):
         return self.choice(choice, b'"message":' + encode(message))
 
     def _message(self, choice: ChoiceStream) -> dict[str, Any]:
-        """A whole choice's content and calls."""
+        """Content and calls of a complete choice."""
         text = self.text_of(choice)
         if not self._calls:
             return {"content": text}

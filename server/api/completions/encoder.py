@@ -1,5 +1,5 @@
 """What chat and text completions share of OpenAI's response shapes. Chunks are put together from bytes: this is the
-code that runs for every token. A whole response, too, is encoded as it grows: at its end it may be a hundred megabytes.
+code that runs for every token. What is not streamed is encoded as it grows, too: in the end it may be 100 MB.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SCORES = "prompt_logprobs"
 
 @dataclass(slots=True)
 class _CollectedChoice:
-    """One choice so far, for a whole response."""
+    """One choice so far, of a response that is not streamed."""
 
     texts: list[str] = field(default_factory=list)
     logprobs: GrowingArrays = field(default_factory=GrowingArrays)
@@ -131,7 +131,7 @@ class ResponseEncoder(ABC):
         """Expert name -> its coefficient for this token."""
         return dict(zip(self._experts, details.coefficients, strict=True))
 
-    # --- a whole response ---
+    # --- a response that is not streamed ---
 
     def collect(self, reader: ChoiceStream | PromptScores) -> None:
         """Take what one choice, or one prompt's scores, gained."""
@@ -150,7 +150,7 @@ class ResponseEncoder(ABC):
         return "".join(self._collected[choice.index].texts)
 
     def choice(self, choice: ChoiceStream, said: bytes, *more: Encoded) -> list[Encoded]:
-        """A whole choice. `said`: its text or message, as a field; `more`: of its fields."""
+        """One choice, complete. `said`: its text or message, as a field; `more`: of its fields."""
         collected = self._collected[choice.index]
         logprobs = [b"null"] if self.request.alternatives is None else [b"{", *collected.logprobs.fields(), b"}"]
         end = b',"finish_reason":%b,"stop_reason":%b' % (encode(self.finish_reason(choice)), encode(choice.stop_reason))
@@ -178,7 +178,7 @@ class ResponseEncoder(ABC):
         return {"logprob": finite(logprob), "rank": rank, "decoded_token": self.tokenizer.shown(token).text}
 
     def envelope(self, choices: Sequence[list[Encoded]], usage: Usage, *more: Encoded) -> list[Encoded]:
-        """A whole response. `more`: of its fields."""
+        """The response, complete. `more`: of its fields."""
         parts: list[Encoded] = [encode({**self._about, "object": self.kind})[:-1] + b',"choices":[']
         for index, choice in enumerate(choices):
             parts += after_comma(choice) if index else choice
@@ -197,7 +197,7 @@ def encoded_usage(usage: Usage) -> bytes:
 
 
 def _scores_of_the_first() -> GrowingArrays:
-    """Of a prompt's first token nothing can be said."""
+    """A prompt's first token has no log-probability."""
     scores = GrowingArrays()
     scores.add({_SCORES: [None]})
     return scores

@@ -75,7 +75,7 @@ class CompletionResponse(Response):
                 await generation.read()
 
     async def _parts(self, generation: Generation) -> list[Encoded]:
-        """The whole response, once all has been generated."""
+        """The complete response, once all has been generated."""
         job, timing = self._job, self._metrics.timing()
         readers: list[ChoiceStream | PromptScores] = [*job.choices, *job.scores]
         while generation.unfinished:

@@ -1,1 +1,1 @@
-"""HTTP itself: the strict server, middleware, bodies, faults, quotas, CORS, /openapi.json. Knows no completion."""
+"""HTTP itself: the strict server, middleware, bodies, errors, quotas, CORS, /openapi.json. Not what is asked for."""

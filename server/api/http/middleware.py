@@ -97,7 +97,7 @@ class _Exchange:
 
     @property
     def route(self) -> str:
-        """The route's template: made-up paths and model names are no new series."""
+        """The route's template: made-up paths and model names must not make new series."""
         return str(getattr(self.scope.get("route"), "path", "other"))
 
     @property

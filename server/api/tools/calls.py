@@ -101,7 +101,7 @@ class CallStream:
         if self._place is _Place.CONTENT:
             self._show(gained, self._text)
         elif self._place is _Place.HEAD:
-            self._whole(gained, self._text, closed=False)
+            self._complete(gained, self._text, closed=False)
         self._text = ""
         return self._limited(gained)
 
@@ -137,7 +137,7 @@ class CallStream:
         if end < 0:
             self._searched = max(0, len(self._text) - len(CLOSE) + 1)
             return False
-        self._whole(gained, self._text[:end], closed=True)
+        self._complete(gained, self._text[:end], closed=True)
         return self._go(_Place.CONTENT, self._text[end + len(CLOSE) :])
 
     def _read_arguments(self, gained: MessageDelta) -> bool:
@@ -175,7 +175,7 @@ class CallStream:
                     return position
         return None
 
-    def _whole(self, gained: MessageDelta, text: str, *, closed: bool) -> None:
+    def _complete(self, gained: MessageDelta, text: str, *, closed: bool) -> None:
         """A call in another order of keys; or no call at all."""
         call = _decoded(text)
         name = call.get("name") if isinstance(call, dict) else None
