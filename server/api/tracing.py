@@ -88,7 +88,9 @@ class Tracing:
         parent = TraceContextTextMapPropagator().extract(headers)
         now = Moment.now()
         span = self._tracer.start_span(operation, parent, SpanKind.SERVER, start_time=now.nanoseconds(now.clock))
-        return RequestTrace(self._tracer, span, operation, self._experts, now) if span.is_recording() else None
+        if not span.is_recording():
+            return None
+        return RequestTrace(self._tracer, span, operation=operation, experts=self._experts, started=now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,7 @@ class Moment:
 class RequestTrace:
     """One sampled request: a span that is open until `end`, and those of its parts, which are made then."""
 
-    def __init__(self, tracer: Tracer, span: Span, operation: str, experts: Sequence[str], started: Moment) -> None:
+    def __init__(self, tracer: Tracer, span: Span, *, operation: str, experts: Sequence[str], started: Moment) -> None:
         self._tracer = tracer
         self._span = span
         self._operation = operation

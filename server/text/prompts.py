@@ -12,7 +12,7 @@ from server.errors import BadRequest
 from server.policy import Perplexity
 from server.text.conversation import Conversation, Message
 from server.text.deployment import Ensemble, ExpertText
-from server.text.template import Marks
+from server.text.template import SpecialTokenEscaper
 
 _LONG = 8192  # characters from which work leaves the event loop
 _OVERHEAD = 100  # a message's share of it, whatever its length
@@ -33,21 +33,21 @@ class Chat:
         """The prompt for `expert`. Raises BadRequest."""
         if expert.template is None:
             raise BadRequest(f"the expert {expert.name!r} has no chat template", param="model")
-        marks = Marks(expert.tokenizer, max_marks=expert.max_model_len)
-        messages = [_hidden(message, marks) for message in self._with_system(expert.system_prompt)]
+        escaper = SpecialTokenEscaper(expert.tokenizer, max_marks=expert.max_model_len)
+        messages = [_escaped(message, escaper) for message in self._with_system(expert.system_prompt)]
         if self._request.continue_final_message:
-            messages[-1]["content"] += marks.tail
+            messages[-1]["content"] += escaper.tail
         rendered = expert.template.render(
             messages,
             add_generation_prompt=self._generation_prompt,
-            tools=marks.hide(self._tools) or None,
+            tools=escaper.escape(self._tools) or None,
             documents=None,
-            **marks.hide(self._request.chat_template_kwargs),
+            **escaper.escape(self._request.chat_template_kwargs),
         )
         if self._request.continue_final_message:
-            rendered = marks.cut(rendered)
+            rendered = escaper.cut(rendered)
         check_length(rendered, expert, "messages")
-        return marks.encode(rendered, add_special_tokens=self._request.add_special_tokens)
+        return escaper.encode(rendered, add_special_tokens=self._request.add_special_tokens)
 
     def _with_system(self, prompt: str | None) -> list[dict[str, Any]]:
         """The messages, after the expert's own system prompt where the client sends none."""
@@ -146,5 +146,5 @@ def _conversation(message: Message) -> dict[str, Any]:
     return shown
 
 
-def _hidden(message: dict[str, Any], marks: Marks) -> dict[str, Any]:
-    return {key: value if key == "role" else marks.hide(value) for key, value in message.items()}
+def _escaped(message: dict[str, Any], escaper: SpecialTokenEscaper) -> dict[str, Any]:
+    return {key: value if key == "role" else escaper.escape(value) for key, value in message.items()}

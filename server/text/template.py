@@ -88,7 +88,7 @@ class ChatTemplate:
             raise BadRequest("the chat template cannot render these messages", param="messages") from None
 
 
-class Marks:
+class SpecialTokenEscaper:
     """Stand-ins for the special tokens that a client's text spells out, of one request.
 
     The random part makes them impossible to forge from outside.
@@ -101,18 +101,18 @@ class Marks:
         self._nonce = secrets.token_hex(8)
         self.tail = f"{_OPEN}{self._nonce}{_CLOSE} "  # the space tells whether the template trims
 
-    def hide(self, value: Any) -> Any:
+    def escape(self, value: Any) -> Any:
         """`value` (strings in lists and dicts, keys too) with every special token replaced by its mark."""
         match value:
             case str():
                 return self._tokenizer.special_pattern.sub(self._mark, value)
             case dict():
-                return {self.hide(key): self.hide(item) for key, item in value.items()}
+                return {self.escape(key): self.escape(item) for key, item in value.items()}
             case list():
-                return [self.hide(item) for item in value]
+                return [self.escape(item) for item in value]
         return value
 
-    def show(self, text: str) -> str:
+    def unescape(self, text: str) -> str:
         """`text` with the marks turned back."""
         return _MARK.sub(self._unmark, text)
 
@@ -124,7 +124,7 @@ class Marks:
         plain = ""
         for run in re.split(f"({self._tokenizer.special_pattern.pattern})", rendered):
             if _OPEN in run:
-                parts += [(plain, False), (self.show(run), True)]
+                parts += [(plain, False), (self.unescape(run), True)]
                 plain = ""
             else:
                 plain += run

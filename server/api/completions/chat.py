@@ -28,7 +28,8 @@ async def chat_job(
     ensemble = chosen_ensemble(deployment, request.model, request.fusion)
     _check_parser(deployment, request)
     check_number(request, deployment.config.limits, prompts=1)
-    factory = SequenceFactory(deployment, ensemble, request, next_number, await chat_grammar(request))
+    grammar = await chat_grammar(request)
+    factory = SequenceFactory(deployment, ensemble, request, next_number=next_number, grammar=grammar)
     prompts = await chat_prompts(ensemble, request)
     if request.prompt_logprobs is not None:
         check_scorable(ensemble, prompts, "prompt_logprobs")

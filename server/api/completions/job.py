@@ -64,7 +64,14 @@ def make_job(
     ]
     scoring = factory.scoring(prompts) if request.prompt_logprobs is not None else []
     scores = [PromptScores(index) for index in range(len(scoring))]
-    return Job(request, ensemble.model, sequences + scoring, choices, scores, encoder)
+    return Job(
+        request=request,
+        model=ensemble.model,
+        sequences=sequences + scoring,
+        choices=choices,
+        scores=scores,
+        encoder=encoder,
+    )
 
 
 def check_number(request: GenerationRequest, limits: Limits, prompts: int) -> None:

@@ -41,6 +41,7 @@ class SequenceFactory:
         deployment: Deployment,
         ensemble: Ensemble,
         request: GenerationRequest,
+        *,
         next_number: Callable[[], int],
         grammar: str | None,
     ) -> None:

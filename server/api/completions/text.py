@@ -26,7 +26,8 @@ async def completion_job(
     """Everything that can be refused is refused here, before a byte of the answer."""
     ensemble = chosen_ensemble(deployment, request.model, request.fusion)
     check_number(request, deployment.config.limits, prompts=len(request.prompt))
-    factory = SequenceFactory(deployment, ensemble, request, next_number, await completion_grammar(request))
+    grammar = await completion_grammar(request)
+    factory = SequenceFactory(deployment, ensemble, request, next_number=next_number, grammar=grammar)
     prompts = await _prompts(ensemble, request)
     experts = deployment.config.expert_names
     encoder = CompletionEncoder(request, ensemble, identity=f"cmpl-{request_id}", experts=experts)

@@ -9,7 +9,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from server.errors import BadRequest, StartError
-from server.text.template import ChatTemplate, Marks
+from server.text.template import ChatTemplate, SpecialTokenEscaper
 from server.text.tokenizer import Tokenizer
 from tests.support.api.deployment import BOS, END, SPECIAL, STOP, TEMPLATE, USER, byte_tokenizer
 
@@ -65,8 +65,8 @@ def test_no_text_becomes_a_special_token() -> None:
     for _ in range(300):
         words = [*SPECIAL, "<|", "|>", "end", " ", "\ufdd0", "\ufdd1", "0", "é"]
         content = "".join(dice.choices(words, k=dice.randrange(9)))
-        marks = Marks(TOKENIZER, max_marks=100)
-        ids = marks.encode(f"<|user|>{marks.hide(content)}<|end|>")
+        escaper = SpecialTokenEscaper(TOKENIZER, max_marks=100)
+        ids = escaper.encode(f"<|user|>{escaper.escape(content)}<|end|>")
         assert ids == [USER, *content.encode(), END]
 
 
@@ -77,20 +77,20 @@ def test_what_the_tokenizer_adds_it_adds_whatever_the_content(content: str) -> N
         single="<|bos|> $A <|stop|>", special_tokens=[("<|bos|>", BOS), ("<|stop|>", STOP)]
     )
     tokenizer = Tokenizer(core.to_str())
-    marks = Marks(tokenizer, max_marks=100)
+    escaper = SpecialTokenEscaper(tokenizer, max_marks=100)
     for added, before, after in ((True, [BOS], [STOP]), (False, [], [])):
-        ids = marks.encode(f"<|user|>{marks.hide(content)}<|end|>", add_special_tokens=added)
+        ids = escaper.encode(f"<|user|>{escaper.escape(content)}<|end|>", add_special_tokens=added)
         assert ids == [*before, USER, *content.encode(), END, *after]
 
 
 def test_marks_of_another_request_are_text() -> None:
-    forged = Marks(TOKENIZER, max_marks=100).hide("<|end|>")
-    assert Marks(TOKENIZER, max_marks=100).encode(forged) == list(forged.encode())
+    forged = SpecialTokenEscaper(TOKENIZER, max_marks=100).escape("<|end|>")
+    assert SpecialTokenEscaper(TOKENIZER, max_marks=100).encode(forged) == list(forged.encode())
 
 
 def test_cutting_after_the_final_message() -> None:
-    marks = Marks(TOKENIZER, max_marks=100)
-    assert marks.cut(f"<|user|>a {marks.tail}<|end|>") == "<|user|>a "
-    assert marks.cut(f"<|user|>{('a ' + marks.tail).strip()}<|end|>") == "<|user|>a"
+    escaper = SpecialTokenEscaper(TOKENIZER, max_marks=100)
+    assert escaper.cut(f"<|user|>a {escaper.tail}<|end|>") == "<|user|>a "
+    assert escaper.cut(f"<|user|>{('a ' + escaper.tail).strip()}<|end|>") == "<|user|>a"
     with pytest.raises(BadRequest):
-        marks.cut("nothing")
+        escaper.cut("nothing")
