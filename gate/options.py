@@ -118,8 +118,14 @@ def check_outputs(options: Options) -> None:
     """Raises OutputError if a file or folder that `options` name to be written cannot be."""
     for field in _fields(type(options)):
         path, output = getattr(options, field.name), field.mark(Output)
-        if output is not None and path is not None and (problem := _unwritable(path, output)):
-            raise OutputError(f"--{field.name.replace('_', '-')}: {path} cannot be written: {problem}")
+        if output is None or path is None:
+            continue
+        try:
+            problem = _unwritable(path, output)
+        except OSError as error:  # a folder above it may not be entered, a name is too long
+            problem = error.strerror
+        if problem:
+            raise OutputError(f"{_option(field)}: {path} cannot be written: {problem}")
 
 
 def run_module(
@@ -217,17 +223,20 @@ def _docstrings(options: type[Options]) -> dict[str, str]:
     return found
 
 
+def _option(field: _Field) -> str:
+    """As it is typed; one that is on by default is given to turn it off."""
+    place = field.mark(Positional)
+    no = "no-" if field.type is bool and field.default else ""
+    return place.metavar if place else f"--{no}{field.name.replace('_', '-')}"
+
+
 def _argument(field: _Field) -> tuple[list[str], dict[str, Any]]:
     """What `add_argument` takes. Nothing is stored for an option that is not given: the dataclass knows the default."""
     shown = field.help.replace("%", "%%")
     settings: dict[str, Any] = {"help": shown, "default": argparse.SUPPRESS}
-    option = f"--{field.name.replace('_', '-')}"
     if field.type is bool:
         action = "store_false" if field.default else "store_true"
-        return [option.replace("--", "--no-") if field.default else option], settings | {
-            "action": action,
-            "dest": field.name,
-        }
+        return [_option(field)], settings | {"action": action, "dest": field.name}
     settings |= _value(field)
     if place := field.mark(Positional):
         if field.default is not MISSING:
@@ -236,7 +245,7 @@ def _argument(field: _Field) -> tuple[list[str], dict[str, Any]]:
         return [field.name], settings | {"metavar": place.metavar}
     required = field.default is MISSING
     settings["help"] += " (required)" if required else _default(field)
-    return [option], settings | {"required": required, "dest": field.name}
+    return [_option(field)], settings | {"required": required, "dest": field.name}
 
 
 def _value(field: _Field) -> dict[str, Any]:

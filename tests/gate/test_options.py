@@ -96,7 +96,7 @@ def test_only_what_must_be_given_leaves_the_defaults() -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Optional:
+class Places:
     """Places that may be empty."""
 
     config: Annotated[Path | None, Positional("FILE")] = None
@@ -110,10 +110,10 @@ class Optional:
 @pytest.mark.parametrize("given", [[], ["f"], ["f", "u"], ["f", "u", "3", "4"]])
 def test_places_that_may_be_empty(given: list[str]) -> None:
     made_of = argparse.ArgumentParser()
-    fill(made_of, Optional)
+    fill(made_of, Places)
     values = zip(("config", "url"), (Path("f"), "u"), given[:2], strict=False)
-    expected = Optional(**{name: value for name, value, _ in values}, ports=(3, 4) if given[2:] else (1, 2))
-    assert made(Optional, vars(made_of.parse_args(given))) == expected
+    expected = Places(**{name: value for name, value, _ in values}, ports=(3, 4) if given[2:] else (1, 2))
+    assert made(Places, vars(made_of.parse_args(given))) == expected
 
 
 def test_every_kind_of_field() -> None:
@@ -182,6 +182,7 @@ def test_outputs_are_looked_at_before_the_work(tmp_path: Path) -> None:
     for path, words in (
         (tmp_path, "it is a directory"),
         (tmp_path / "file" / "deeper" / "o", f"{tmp_path / 'file'} is not a directory"),
+        (tmp_path / ("o" * 300), "File name too long"),
     ):
         with pytest.raises(GateError, match=f"--output: {path} cannot be written: {words}"):
             check_outputs(Everything(config=Path("c"), output=path))
