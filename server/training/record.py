@@ -68,10 +68,8 @@ class Plan:
 
     @property
     def size(self) -> int:
-        sampled = (
-            len(self.questions) * self.samples * (len(self.policies) - sum(name in GIVEN for name in self.sources))
-        )
-        return sampled + sum(map(len, self.given))
+        sampling = sum(name not in GIVEN for name in self.sources)
+        return len(self.questions) * self.samples * sampling + sum(map(len, self.given))
 
     def tasks(self, texts: Texts, done: set[int]) -> Iterator[tuple[Task, int, int]]:
         """(task, row, source) for every number that is not `done`."""
