@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from gate.evaluation import report
-from gate.evaluation.evaluate import Results, save_results
+from gate.evaluation.results import Results, save_results
 
 
 def write(

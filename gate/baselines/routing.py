@@ -14,8 +14,8 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from gate.evaluation.evaluate import Answers, EvaluationError, Results, load_pairs, save_results
 from gate.evaluation.prompts import Question
+from gate.evaluation.results import Answers, EvaluationError, Results, load_pairs, save_results
 from gate.options import Metavar, OptionsError, Output, run_module
 
 WIDTH = 4096  # hashed n-grams

@@ -12,7 +12,8 @@ from typing import Any
 
 import httpx
 
-from gate.evaluation.evaluate import EvaluationError, key_header
+from gate.evaluation.endpoint import key_header
+from gate.evaluation.results import EvaluationError
 
 PALETTE = ("#4aa8e8", "#eeae2a", "#e08fbd", "#2fbd93", "#f27c34", "#8fd0f7", "#f0e442", "#b5b5b5")
 """The playground's, for readers with any kind of colour vision (Okabe and Ito 2008); dark text is legible on each."""

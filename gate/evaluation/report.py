@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gate.evaluation.bootstrap import CONFIDENCE, RESAMPLES, Bootstrap, Estimate
-from gate.evaluation.evaluate import EvaluationError, Results, load_results
+from gate.evaluation.results import EvaluationError, Results, load_results
 
 
 @dataclass(frozen=True, slots=True)

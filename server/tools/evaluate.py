@@ -6,11 +6,11 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from gate.evaluation import evaluate as evaluation
-from gate.evaluation.evaluate import EvaluationError, Results
+from gate.evaluation.endpoint import collect_answers, labelled
 from gate.evaluation.graders import load_grader
 from gate.evaluation.prompts import check_gradable, read_prompts
 from gate.evaluation.report import markdown, tabulate
+from gate.evaluation.results import EvaluationError, Results, load_results, new_results
 from gate.files import sha256_file
 from server.config import Config
 from server.tools.options import EvaluateOptions
@@ -23,18 +23,18 @@ def evaluate(options: EvaluateOptions) -> int:
     """Run the command; the exit code. Raises ConfigError, StartError, GateError."""
     quiet()
     config = config_to_serve(options)
-    check_models(config, "--models", evaluation.labelled(list(options.models)).values())
+    check_models(config, "--models", labelled(list(options.models)).values())
     grader = load_grader(options.grader)
     questions = read_prompts(options.prompts, options.limit)
     check_gradable(questions, grader)
-    results = evaluation.new_results(options.prompts, questions, options.grader)
+    results = new_results(options.prompts, questions, options.grader)
     settings = _settings(options, config)
     if options.output.exists():
         results = _taken_up(options.output, results, settings)
     results.about = {**about(), "settings": settings}
     with target(options) as url:
         asyncio.run(
-            evaluation.evaluate(
+            collect_answers(
                 url,
                 list(options.models),
                 questions,
@@ -62,7 +62,7 @@ def _settings(options: EvaluateOptions, config: Config | None) -> dict[str, Any]
 
 def _taken_up(path: Path, fresh: Results, settings: dict[str, Any]) -> Results:
     """The results at `path`, if they are of the same prompts, grader and settings. Raises EvaluationError."""
-    found = evaluation.load_results(path)
+    found = load_results(path)
     if (found.prompts_sha256, found.grader) != (fresh.prompts_sha256, fresh.grader):
         raise EvaluationError(f"{path} holds answers to other prompts or of another grader; move it away first")
     if (before := found.about.get("settings", settings)) != settings:

@@ -3,7 +3,7 @@
 import json
 
 from deploy.demo.experiment import FULL, Experiment, ExperimentOptions
-from gate.evaluation.evaluate import Answers, Results, save_results
+from gate.evaluation.results import Answers, Results, save_results
 
 DOMAINS = ["math", "mixed"] * 5
 

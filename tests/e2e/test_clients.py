@@ -17,7 +17,7 @@ import pytest
 from agents import Agent, ModelSettings, OpenAIChatCompletionsModel, RunConfig, Runner, function_tool
 from pydantic import Field
 
-from gate.evaluation.evaluate import answers
+from gate.evaluation.endpoint import answers
 from gate.evaluation.graders import load_grader
 from gate.evaluation.prompts import read_prompts
 from tests.support import demo

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gate.evaluation.evaluate import load_results
+from gate.evaluation.results import load_results
 from server.cli import main
 from server.errors import StartError
 from server.launch.served import served

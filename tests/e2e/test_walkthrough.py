@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gate.contract import read_contract
-from gate.evaluation.evaluate import load_results
+from gate.evaluation.results import load_results
 from tests.support import demo
 from tests.support.paths import ROOT
 from tests.support.server_process import POLYLOGIT

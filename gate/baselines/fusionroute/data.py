@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gate.evaluation.evaluate import EvaluationError, load_pairs
 from gate.evaluation.prompts import Question, read_prompts
+from gate.evaluation.results import EvaluationError, load_pairs
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ from gate.baselines.fusionroute.export import export
 from gate.baselines.fusionroute.losses import combined, disagreement, preference_loss, routing_loss, sft_loss
 from gate.baselines.fusionroute.train import RouterModel, Settings, fit_preferences, fit_references
 from gate.baselines.greedy import Greedy
-from gate.evaluation.evaluate import Answers, EvaluationError, new_results, save_results
 from gate.evaluation.prompts import Question, read_prompts
+from gate.evaluation.results import Answers, EvaluationError, new_results, save_results
 from tests.support.paths import ROOT
 
 AGREE = [[0.7, 0.2, 0.1], [0.6, 0.3, 0.1]]

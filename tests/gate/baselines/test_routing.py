@@ -9,8 +9,8 @@ import torch
 from gate.baselines import ablate, merge, routing
 from gate.baselines.fusionroute import __main__ as fusionroute
 from gate.baselines.routing import fit_router, oracle, prompt_features, routed
-from gate.evaluation.evaluate import Answers, load_results, new_results, save_results
 from gate.evaluation.prompts import Question, read_prompts
+from gate.evaluation.results import Answers, load_results, new_results, save_results
 
 
 def questions(texts):

@@ -8,19 +8,11 @@ import pytest
 from scipy import stats
 
 from gate.evaluation.bootstrap import Bootstrap
-from gate.evaluation.evaluate import (
-    Answers,
-    EvaluationError,
-    answers,
-    evaluate,
-    labelled,
-    load_results,
-    new_results,
-    save_results,
-)
+from gate.evaluation.endpoint import answers, collect_answers, labelled
 from gate.evaluation.graders import Exact
 from gate.evaluation.prompts import PromptsError, read_prompts
 from gate.evaluation.report import compare, join, markdown, plot, tabulate
+from gate.evaluation.results import Answers, EvaluationError, load_results, new_results, save_results
 from tests.support.openai_endpoint import cards, endpoint
 
 ROWS = [
@@ -90,7 +82,7 @@ async def evaluated(tmp_path, models, served, before=None):
     results = new_results(path, read_prompts(path), "exact")
     results.models = before or {}
     with endpoint(served, lambda body: "2") as url:
-        await evaluate(
+        await collect_answers(
             f"{url}/v1",
             models,
             read_prompts(path),

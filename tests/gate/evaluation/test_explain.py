@@ -5,8 +5,8 @@ import math
 import httpx
 import pytest
 
-from gate.evaluation.evaluate import EvaluationError
 from gate.evaluation.explain import PALETTE, ask, blend, from_completion, write_html, write_png
+from gate.evaluation.results import EvaluationError
 
 
 def completion(*entries):

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gate.evaluation.evaluate import load_results
 from gate.evaluation.explain import ExplainedAnswer, Token
+from gate.evaluation.results import load_results
 from server.cli import main
 from server.tools import explain, target
 from tests.support import demo
