@@ -28,8 +28,8 @@ from server.wire.api import (
 from server.wire.base import Stop
 from server.wire.stats import Stats
 
-# Events that may wait for a request whose client reads slowly.
 _MAX_WAITING = 16_384
+"""Events that may wait for a request whose client reads slowly."""
 _RETRY_SECONDS = 5
 
 
@@ -40,8 +40,8 @@ class CachedTokens:
     count: int
 
 
-# (place of the sequence in the request, its token or its end, what it asked for beside the token)
 Event = tuple[int, int | CachedTokens | Ended, TokenDetails | None]
+"""(place of the sequence in its request, a token or its end, what was asked for beside the token)."""
 
 
 class Link(Protocol):

@@ -14,13 +14,21 @@ from server.text.conversation import Body
 
 
 class ErrorInfo(BaseModel):
+    """OpenAI's error object."""
+
     message: str
+    """One line for a person."""
     type: str
+    """The kind of error, as OpenAI names them."""
     param: str | None
+    """The request's field that is wrong."""
     code: str | None
+    """A short word for programs."""
 
 
 class ErrorResponse(BaseModel):
+    """The body of every answer that is an error."""
+
     error: ErrorInfo
 
 
