@@ -15,6 +15,7 @@ import numpy as np
 from server.coordinator.arrays import Bool, Float32, Int32, Int64
 from server.coordinator.clock import Phase, TickClock, timed
 from server.coordinator.coefficients import Evidence, coefficients, plausible, space
+from server.coordinator.compiled import compiled
 from server.coordinator.fusion import CandidateTable, combine, fill_tail, tabulate
 from server.coordinator.gate_runner import GateOutput, GateRunner
 from server.coordinator.policy_book import PolicyBook
@@ -130,7 +131,7 @@ class Fuser:
             logprobs=fused,
             coefficients=chosen,
             exact_columns=known.exact_columns,
-            lost=(fused.max(axis=1) == -np.inf) | ~rows.available.any(axis=1) | ~chosen.any(axis=1),
+            lost=_lost(fused, rows.available, chosen),
             ungated=ungated,
             sources=Sources(
                 rows.ids, rows.logprobs, rows.expected, rows.available, rows.found, prob_space, self._vocabulary
@@ -213,6 +214,15 @@ class Fuser:
                 allowed = np.ones((len(slots), values.shape[2]), bool) if allowed is None else allowed
                 allowed[its] = mask
         return chosen, prob_space, allowed
+
+
+@compiled
+def _lost(fused: Float32, available: Bool, coefficients: Float32) -> Bool:
+    """bool[B]: rows with no candidate that can be sampled, or for which no expert was available, or none counted."""
+    lost = np.empty(len(fused), np.bool_)
+    for row in range(len(fused)):
+        lost[row] = fused[row].max() == -np.inf or not available[row].any() or not coefficients[row].any()
+    return lost
 
 
 def _filled_in(found: CandidateTable, asked: dict[int, Int64], answers: dict[int, Float32]) -> CandidateTable:

@@ -72,7 +72,7 @@ class Observer:
         sources = fused.sources
         self.counters.tokens += len(fused.slots)
         self.counters.gate_failures += int(np.count_nonzero(fused.ungated))
-        if not sources.available.all():
+        if np.count_nonzero(sources.available) < sources.available.size:
             masked = np.count_nonzero(sources.expected & ~sources.available, axis=0)
             for counters, rows in zip(self.counters.experts, masked.tolist(), strict=True):
                 counters.masked_rows += rows

@@ -9,12 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from server.coordinator.arrays import Bool, Float32, Int8, Int32, Int64
+from server.coordinator.arrays import Bool, Float32, Int32, Int64
 from server.coordinator.compiled import compiled
 from server.wire.expert import Report
-
-KEPT, MISPLACED = 1, 2
-"""What becomes of a reported row; 0: its sequence is not in that engine any more."""
 
 
 class ExpertRows(NamedTuple):
@@ -95,17 +92,20 @@ class Lengths(NamedTuple):
 
 
 @compiled
-def keep_rows(expert: int, rows: ExpertRows, placed: Bool, lengths: Lengths, kept: KeptRows) -> Int8:
-    """What becomes of each of an expert's rows, int8[B]: those at their sequence's position are written into `kept`."""
-    verdicts = np.zeros(len(rows.slots), np.int8)
+def keep_rows(expert: int, rows: ExpertRows, placed: Bool, lengths: Lengths, kept: KeptRows) -> tuple[Int64, Int64]:
+    """Write an expert's rows for the current positions into `kept`: (slots of these, slots reported at another)."""
+    at, elsewhere = np.empty((2, len(rows.slots)), np.int64)
+    found = misplaced = 0
     for row in range(len(rows.slots)):
         slot = rows.slots[row]
         if not placed[slot, expert]:
             continue
         if rows.positions[row] != lengths.prompt[slot, expert] + lengths.generated[slot]:
-            verdicts[row] = MISPLACED
+            elsewhere[misplaced] = slot
+            misplaced += 1
             continue
-        verdicts[row] = KEPT
+        at[found] = slot
+        found += 1
         kept.reported[slot, expert] = True
         kept.usable[slot, expert] = _usable(rows.logprobs[row])
         if kept.usable[slot, expert]:
@@ -116,7 +116,7 @@ def keep_rows(expert: int, rows: ExpertRows, placed: Bool, lengths: Lengths, kep
         else:
             kept.ids[slot, expert], kept.logprobs[slot, expert], kept.exact[slot, expert] = -1, -np.inf, -np.inf
             kept.projected[slot, expert] = 0
-    return verdicts
+    return at[:found], elsewhere[:misplaced]
 
 
 @compiled

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from server.coordinator.arrays import Bool, Float32, Int32, Int64, UInt64
+from server.coordinator.compiled import compiled
 from server.coordinator.penalties import PenaltyTable
-from server.coordinator.rows import KEPT, MISPLACED, ExpertRows, KeptRows, Lengths, complete, keep_rows
+from server.coordinator.rows import ExpertRows, KeptRows, Lengths, complete, keep_rows
 from server.coordinator.sampling import Penalties, Rules
 from server.request import SequenceRequest
 
@@ -214,11 +215,7 @@ class SequenceTable:
 
         Rows of sequences that are no longer in that engine are left out of both.
         """
-        verdicts = keep_rows(expert, rows, self.placed, self.lengths, self.rows)
-        slots = rows.slots.astype(np.int64)
-        if (verdicts == KEPT).all():
-            return slots, slots[:0]
-        return slots[verdicts == KEPT], slots[verdicts == MISPLACED]
+        return keep_rows(expert, rows, self.placed, self.lengths, self.rows)
 
     def lose(self, expert: int, slots: Int64) -> None:
         """Go on without an expert in `slots`: forget its row and expect no more."""
@@ -236,14 +233,14 @@ class SequenceTable:
 
     def advance(self, slots: Int64, tokens: Int32) -> None:
         """Append one token to each of `slots`; their rows are used up."""
-        generated = self.lengths.generated
-        if slots.size and int(generated[slots].max()) >= self._tokens.shape[1]:
+        if slots.size and int(self.lengths.generated[slots].max()) >= self._tokens.shape[1]:
             self._tokens = np.pad(self._tokens, ((0, 0), (0, self._tokens.shape[1])))
-        self._tokens[slots, generated[slots]] = self.last_tokens[slots] = tokens
+        _append(slots, tokens, self._tokens, self.last_tokens, self.lengths.generated, self.rows.reported)
         sampled = self.forced[slots] < 0
+        if sampled.all():
+            self._penalties.count(slots, tokens)
+            return
         self._penalties.count(slots[sampled], tokens[sampled])
-        generated[slots] += 1
-        self.rows.reported[slots] = False
         for slot in slots[~sampled].tolist():
             self._force(slot)
 
@@ -305,3 +302,16 @@ class SequenceTable:
             is_stop=np.pad(exact.is_stop, wider),
         )
         self.rows = rows._replace(exact=np.pad(rows.exact, ((0, 0), *wider), constant_values=-np.inf))
+
+
+@compiled
+def _append(
+    slots: Int64, tokens: Int32, all_tokens: Int32, last_tokens: Int32, generated: Int32, reported: Bool
+) -> None:
+    """Write one token for each of `slots` into `all_tokens` [S, T] and `last_tokens` [S]; no row is for the position
+    that follows."""
+    for row in range(len(slots)):
+        slot = slots[row]
+        all_tokens[slot, generated[slot]] = last_tokens[slot] = tokens[row]
+        generated[slot] += 1
+        reported[slot] = False
