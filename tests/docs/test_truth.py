@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -56,6 +57,11 @@ def test_configurations_that_a_document_shows_are_valid(document: Path) -> None:
             parse_config({"name": "n", **data}, directory=Path())
 
 
+def test_modules_that_the_architecture_calls_by_their_last_name_exist() -> None:
+    names = set(re.findall(r"`([a-z_]+\.py)`", (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")))
+    assert names and not [name for name in names if not (ROOT / "server" / "coordinator" / name).exists()]
+
+
 def commands() -> Iterator[tuple[str, str]]:
     """(command, option) of each `polylogit COMMAND ... --option` in a code block or in code."""
     for document in DOCUMENTS:
@@ -82,3 +88,12 @@ def test_commands_and_options_that_documents_show_exist(capsys: pytest.CaptureFi
 def test_the_readme_and_the_architecture_stay_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
     assert len((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").splitlines()) <= 110
+
+
+def test_code_keeps_to_the_lengths_that_contributing_states() -> None:
+    for path in (path for folder in ("server", "gate", "deploy", "docs") for path in (ROOT / folder).rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        assert len(source.splitlines()) <= 400, path
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 60, (path, node.name)
