@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from gate.baselines.fusionroute.data import Encoder, reference
-from gate.baselines.logits import logits_at
+from gate.baselines.models import logits_at
 from gate.evaluation.graders import Exact
 from gate.evaluation.prompts import read_prompts
 

@@ -16,7 +16,6 @@ those under which the right answers are most probable. Knows nothing of serving:
 
 import itertools
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,9 +23,9 @@ from typing import Annotated, Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from gate.baselines.greedy import Greedy
+from gate.baselines.models import load_model, save_model
 from gate.errors import GateError
 from gate.options import Metavar, Output, run_module, whole
 
@@ -35,13 +34,6 @@ Method = Literal["linear", "task-arithmetic", "ties", "dare", "dare-ties"]
 METHODS: tuple[Method, ...] = get_args(Method)
 SCALES = (0.3, 0.5, 0.7, 1.0, 1.3)
 DENSITIES = (0.2, 0.5)
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "special_tokens_map.json",
-)
 
 
 class MergeError(GateError):
@@ -162,25 +154,6 @@ def tune(
     return list(recipes(method, seed))[best], tried
 
 
-def load(folder: Path) -> Any:
-    """A transformers model in float32. Raises MergeError if there is none."""
-    try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    except (OSError, ValueError) as error:
-        raise MergeError(f"{folder}: no model that can be loaded: {str(error).strip().splitlines()[0]}") from None
-
-
-def save(model: Any, like: Path, folder: Path) -> None:
-    """Writes a model directory, with the type of weights and the tokenizer of the model at `like`."""
-    config = json.loads((like / "config.json").read_text(encoding="utf-8"))
-    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"  # the latter before transformers 5
-    folder.mkdir(parents=True, exist_ok=True)
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
-    for name in TOKENIZER_FILES:
-        if (like / name).is_file():
-            shutil.copy(like / name, folder / name)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeOptions:
     """Of `python -m gate.baselines.merge`."""
@@ -207,18 +180,18 @@ class MergeOptions:
 
 def write_merged(options: MergeOptions) -> None:
     """Run the command. Raises GateError."""
-    experts = {str(folder): load(folder).state_dict() for folder in options.experts}
-    base = load(options.base).state_dict() if options.base else None
+    experts = {str(folder): load_model(folder).state_dict() for folder in options.experts}
+    base = load_model(options.base).state_dict() if options.base else None
     notes: dict[str, Any] = {"distances from the base": check_models(base, experts)}
     first = options.experts[0]
     for method in options.methods:
-        model = load(first)
+        model = load_model(first)
         recipe = Recipe(method, options.scale, options.density, options.seed)
         if options.tune:
             greedy = Greedy(model, first, options.tune, options.limit)
             recipe, notes[method] = tune(method, base, list(experts.values()), greedy, options.seed)
         model.load_state_dict(merge(recipe, base, list(experts.values())))
-        save(model, first, options.output / method)
+        save_model(model, first, options.output / method)
         print(f"{recipe} -> {options.output / method}", flush=True)
     (options.output / "merge.json").write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
 

@@ -117,12 +117,12 @@ def earlier_turns(stage: Stage, rng: random.Random) -> tuple[tuple[str, str], ..
     """Mostly none; else one or two turns, answered by an all-knowing model or by this stage's own kind."""
     if rng.random() >= EARLIER_PROBABILITY:
         return ()
-    examples = [draw(stage, rng) for _ in range(rng.randint(1, 2))]
+    examples = [sample_example(stage, rng) for _ in range(rng.randint(1, 2))]
     skills = rng.choice((stage.skills, frozenset(tasks.SKILLS)))
     return tuple((example.prompt, example.answer(skills)) for example in examples)
 
 
-def draw(stage: Stage, rng: random.Random) -> Example:
+def sample_example(stage: Stage, rng: random.Random) -> Example:
     """A training example of the stage's mixture."""
     domain = rng.choices(list(stage.mixture), list(stage.mixture.values()))[0]
     return tasks.MAKERS[domain](rng, False)
@@ -133,7 +133,7 @@ def sequence(stage: Stage, rng: random.Random) -> tuple[list[int], list[int]]:
 
     The chat expert's own prompts are reworded, so that it learns facts and not whole questions.
     """
-    example = draw(stage, rng)
+    example = sample_example(stage, rng)
     system = tasks.system_prompt(rng) if rng.random() < SYSTEM_PROBABILITY else None
     facts = example.domain == "chat" and "chat" in stage.skills
     asked = tasks.reworded(example.prompt, rng) if facts else example.prompt

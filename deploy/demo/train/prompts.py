@@ -2,9 +2,9 @@
 
 `prompts/train.jsonl` is what the gate is trained on, `prompts/test.jsonl` the held-out evaluation: its operand
 pairs, words to transform and (fact, phrasing) pairs occur neither in the first nor in any expert's data. Gates were
-chosen on `prompts/validation.jsonl`: another draw from the training side, never the test side, without the prompts of
+chosen on `prompts/validation.jsonl`: another sample from the training side, never the test side, without the prompts of
 training. Those called `fresh` ask for facts in phrasings that no expert was trained on and the tests do not have.
-`--seed` draws other prompts; the two sides are the same for every seed.
+`--seed` samples other prompts; the two sides are the same for every seed.
 """
 
 import functools
@@ -38,11 +38,11 @@ def opening(rng: random.Random) -> list[dict[str, str]]:
     return messages
 
 
-def distinct(draw: Callable[[], tasks.Example], count: int, taken: set[str]) -> list[tasks.Example]:
-    """Examples with distinct prompts, none of them `taken`: `count`, or as many as 20 draws for each find."""
+def distinct(make: Callable[[], tasks.Example], count: int, taken: set[str]) -> list[tasks.Example]:
+    """Examples with distinct prompts, none of them `taken`: `count`, or as many as 20 tries for each find."""
     chosen: dict[str, tasks.Example] = {}
     for _ in range(20 * count):
-        example = draw()
+        example = make()
         if example.prompt not in taken:
             chosen.setdefault(example.prompt, example)
         if len(chosen) == count:

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from gate.baselines.fusionroute.data import Encoder, preferences, references
 from gate.baselines.fusionroute.export import export
 from gate.baselines.fusionroute.train import RouterModel, Settings, fit_preferences, fit_references
-from gate.baselines.merge import load, save
+from gate.baselines.models import load_model, save_model
 from gate.options import Each, Metavar, Output, run_module, whole
 
 VALIDATION = 400
@@ -70,7 +70,7 @@ def fusionroute(options: FusionRouteOptions) -> None:
     training = references(options.prompts, options.limit)
     rng = random.Random(options.seed)
     graded = preferences(options.prompts, options.preferences, rng, options.limit) if options.preferences else []
-    model, experts = load(options.start), [load(folder) for folder in folders]
+    model, experts = load_model(options.start), [load_model(folder) for folder in folders]
     tokenizer = AutoTokenizer.from_pretrained(options.start, local_files_only=True)
     router = RouterModel(model, experts, Encoder(tokenizer), "cuda" if torch.cuda.is_available() else "cpu")
     settings = Settings(epochs=options.epochs)
@@ -78,7 +78,7 @@ def fusionroute(options: FusionRouteOptions) -> None:
     if graded:
         graded = rng.sample(graded, min(options.pairs, len(graded)))
         fit_preferences(router, graded, validation, settings, options.seed)
-    save(router.model.cpu(), options.start, options.output)
+    save_model(router.model.cpu(), options.start, options.output)
     sizes = [expert.config.hidden_size for expert in (*router.experts, router.model)]
     file = options.output / "gate.pt"
     export(router.head, names, options.name, sizes, options.start / "tokenizer.json", options.top_k, file)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gate.baselines.fusionroute.data import Encoder, Sequences, batches
 from gate.baselines.fusionroute.losses import combined, preference_loss, sft_loss
-from gate.baselines.logits import logits_at
+from gate.baselines.models import logits_at
 from gate.evaluation.prompts import Question
 
 

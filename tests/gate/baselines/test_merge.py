@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from gate.baselines.greedy import Greedy
-from gate.baselines.merge import MergeError, Recipe, check_models, drop, elect, load, merge, recipes, save, trim, tune
+from gate.baselines.merge import MergeError, Recipe, check_models, drop, elect, merge, recipes, trim, tune
+from gate.baselines.models import load_model, save_model
 from tests.support.paths import ROOT
 
 EXPERTS = ROOT / "deploy/demo/experts"
@@ -86,7 +87,7 @@ def test_tuning_asks_the_merged_models_and_the_best_is_saved(tmp_path):
     ]
     prompts = tmp_path / "p.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model = load(EXPERTS / "math")
+    model = load_model(EXPERTS / "math")
     state = {name: value.clone() for name, value in model.state_dict().items()}
     recipe, tried = tune("linear", None, [state, state], Greedy(model, EXPERTS / "math", prompts), 0)
     assert (recipe, tried[0]["accuracy"]) == (Recipe("linear"), 0.5)
@@ -98,8 +99,8 @@ def test_tuning_asks_the_merged_models_and_the_best_is_saved(tmp_path):
     assert kind != "float32"
     (like / "config.json").write_text(json.dumps({**config, "torch_dtype": kind}))
     (like / "chat_template.jinja").write_text("{{ messages }}")
-    save(model, like, tmp_path / "merged")
+    save_model(model, like, tmp_path / "merged")
     assert (tmp_path / "merged" / "chat_template.jinja").read_text() == "{{ messages }}"
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == kind
-    again = load(tmp_path / "merged").state_dict()
+    again = load_model(tmp_path / "merged").state_dict()
     assert all(torch.equal(again[name], state[name]) for name in state)
