@@ -23,7 +23,7 @@ check: .venv/ready-to-test
 
 # Into site/, without a network. The variable spares a notice of the theme's makers.
 docs: .venv/ready-to-test
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 evaluate: .venv/ready-to-test
 	deploy/demo/evaluate.sh
