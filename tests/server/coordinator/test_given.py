@@ -1,4 +1,4 @@
-"""Tokens that are given are fused like drawn ones, and what follows them is what follows the same prompt."""
+"""Tokens that are given are fused like sampled ones, and what follows them is what follows the same prompt."""
 
 from __future__ import annotations
 

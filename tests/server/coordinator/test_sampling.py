@@ -1,4 +1,5 @@
-"""How a token is drawn: penalties, truncation and draws against naive references, random numbers against statistics."""
+"""How a token is sampled: penalties, truncation and frequencies against naive references, random numbers against
+statistics."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ def rules(rows: int, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0) -> Rules:
     )
 
 
-def draw(ids, scores, numbers, **parameters) -> np.ndarray:
-    """The ids drawn for one row of `scores`, once for each of `numbers`."""
+def sample(ids, scores, numbers, **parameters) -> np.ndarray:
+    """The ids sampled for one row of `scores`, once for each of `numbers`."""
     rows = len(numbers)
     ids, scores = np.tile(np.asarray(ids, np.int32), (rows, 1)), np.tile(np.asarray(scores, np.float32), (rows, 1))
     columns = choose(ids, scores, rules(rows, **parameters), np.asarray(numbers, np.float64))
@@ -46,60 +47,60 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("parameters", SETTINGS, ids=str)
-def test_what_can_be_drawn_is_what_the_naive_reference_keeps(parameters):
+def test_what_can_be_sampled_is_what_the_naive_reference_keeps(parameters):
     rng = np.random.default_rng(1)
     ids = rng.choice(1000, 12, replace=False)
     scores = log_softmax(2 * rng.normal(size=12))
     expected = truncate(dict(zip(ids.tolist(), scores.astype(np.float32).tolist(), strict=True)), **parameters)
-    drawn = draw(ids, scores, (np.arange(20_000) + 0.5) / 20_000, **parameters)
-    # Evenly spaced numbers: every token is drawn its share of times, rounded.
-    assert set(drawn.tolist()) <= set(expected)
+    sampled = sample(ids, scores, (np.arange(20_000) + 0.5) / 20_000, **parameters)
+    # Evenly spaced numbers: every token is sampled its share of times, rounded.
+    assert set(sampled.tolist()) <= set(expected)
     for token, share in expected.items():
-        assert (drawn == token).mean() == pytest.approx(share, abs=2e-4)
+        assert (sampled == token).mean() == pytest.approx(share, abs=2e-4)
 
 
 @pytest.mark.parametrize("parameters", [{}, {"temperature": 0.7, "top_p": 0.9}], ids=str)
-def test_draws_follow_the_distribution(parameters):
+def test_samples_follow_the_distribution(parameters):
     rng = np.random.default_rng(2)
     ids, scores = np.arange(10), log_softmax(1.5 * rng.normal(size=10))
     numbers = uniforms(np.full(20_000, 17, np.uint64), np.arange(20_000, dtype=np.int32))
-    drawn = draw(ids, scores, numbers, **parameters)
+    sampled = sample(ids, scores, numbers, **parameters)
     expected = truncate(dict(zip(ids.tolist(), scores.astype(np.float32).tolist(), strict=True)), **parameters)
-    counts = [int((drawn == token).sum()) for token in expected]
+    counts = [int((sampled == token).sum()) for token in expected]
     assert sum(counts) == 20_000
     assert stats.chisquare(counts, [20_000 * share for share in expected.values()]).pvalue > 1e-3
 
 
 def test_greedy_takes_the_best_and_of_equals_the_lowest_id():
-    assert draw([7, 3, 9], [-1.0, -0.5, -2.0], [0.99], temperature=0.0).tolist() == [3]
-    assert draw([7, 9, 3, 4], [-1.0, -1.0, -1.0, -1.5], [0.99], temperature=0.0).tolist() == [3]
-    assert draw([9, -1, 8], [-1.0, -np.inf, -1.0], [0.0], temperature=0.0).tolist() == [8]
-    assert draw([-1, 9], [-np.inf, -3.0], [0.5], temperature=0.0).tolist() == [9]
+    assert sample([7, 3, 9], [-1.0, -0.5, -2.0], [0.99], temperature=0.0).tolist() == [3]
+    assert sample([7, 9, 3, 4], [-1.0, -1.0, -1.0, -1.5], [0.99], temperature=0.0).tolist() == [3]
+    assert sample([9, -1, 8], [-1.0, -np.inf, -1.0], [0.0], temperature=0.0).tolist() == [8]
+    assert sample([-1, 9], [-np.inf, -3.0], [0.5], temperature=0.0).tolist() == [9]
 
 
-def test_impossible_tokens_are_never_drawn():
-    drawn = draw([5, -1, 2, 9], [-np.inf, -np.inf, -1.0, -1.0], [0.0, 0.3, 0.6, 1 - 2**-53])
-    assert drawn.tolist() == [2, 2, 9, 9]
+def test_impossible_tokens_are_never_sampled():
+    sampled = sample([5, -1, 2, 9], [-np.inf, -np.inf, -1.0, -1.0], [0.0, 0.3, 0.6, 1 - 2**-53])
+    assert sampled.tolist() == [2, 2, 9, 9]
 
 
 @pytest.mark.parametrize(
     "parameters", [{"temperature": 0.0}, {}, {"top_p": 0.8}, {"top_k": 4}, {"min_p": 0.1, "top_k": 3}], ids=str
 )
-def test_the_order_of_the_candidates_does_not_change_the_draw(parameters):
+def test_the_order_of_the_candidates_does_not_change_the_sample(parameters):
     """Even where several candidates are equal, as they often are in half precision, and the cut falls among them."""
     rng = np.random.default_rng(3)
     ids = rng.choice(500, 10, replace=False)
     scores = np.log(np.array([8, 4, 4, 4, 4, 4, 2, 2, 2, 1]) / 35).astype(np.float32)
     numbers = rng.random(300)
-    first = draw(ids, scores, numbers, **parameters)
+    first = sample(ids, scores, numbers, **parameters)
     for _ in range(5):
         order = rng.permutation(10)
-        np.testing.assert_array_equal(draw(ids[order], scores[order], numbers, **parameters), first)
-    padded = draw([*ids, -1, -1], [*scores, -np.inf, -np.inf], numbers, **parameters)
+        np.testing.assert_array_equal(sample(ids[order], scores[order], numbers, **parameters), first)
+    padded = sample([*ids, -1, -1], [*scores, -np.inf, -np.inf], numbers, **parameters)
     np.testing.assert_array_equal(padded, first)
 
 
-def test_rows_are_drawn_by_their_own_rules():
+def test_rows_are_sampled_by_their_own_rules():
     ids = np.tile(np.arange(4, dtype=np.int32), (4, 1))
     scores = np.tile(np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32)), (4, 1))
     mixed = Rules(

@@ -36,7 +36,7 @@ def uniform(seed: int, position: int) -> float:
 
 
 def truncate(scores: dict[int, float], temperature=1.0, top_p=1.0, top_k=0, min_p=0.0) -> dict[int, float]:
-    """The distribution to draw from: token -> probability, truncated in vLLM's order."""
+    """The distribution to sample from: token -> probability, truncated in vLLM's order."""
     best = max(scores.values())
     p = {token: math.exp((score - best) / temperature) for token, score in scores.items()}
     p = {token: value for token, value in p.items() if value >= min_p}  # the highest is 1
@@ -52,7 +52,7 @@ def truncate(scores: dict[int, float], temperature=1.0, top_p=1.0, top_k=0, min_
     return {token: p[token] / total for token in kept}
 
 
-def draw(scores: dict[int, float], sampling: SamplingParams, position: int) -> int:
+def sample(scores: dict[int, float], sampling: SamplingParams, position: int) -> int:
     """The token, going through the candidates in the order of their ids."""
     if sampling.temperature == 0:
         return min(scores, key=lambda token: (-scores[token], token))
@@ -106,7 +106,7 @@ def generate(
         }
         fused = _fuse(said, weigh(said, step), prob_space, _candidates(request, said, top_k))
         scores = _adjust(request, fused, alone.tokens)
-        token = draw(scores, sampling, step)
+        token = sample(scores, sampling, step)
         alone.tokens.append(token)
         alone.logprobs.append(fused[token])
         if token in request.stop_token_ids:

@@ -22,7 +22,7 @@ def request(
     max_tokens: int = 12,
     **fields: Any,
 ) -> SequenceRequest:
-    """A sequence drawn with a seed of its own; `lengths`: of each expert's prompt."""
+    """A sequence sampled with a seed of its own; `lengths`: of each expert's prompt."""
     number = next(_NUMBERS)
     parameters = {name: fields.pop(name) for name in (*SAMPLING, "logit_bias") if name in fields}
     return SequenceRequest(
