@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-
 import msgspec
 import pytest
 
@@ -14,14 +12,13 @@ from tests.support.children import config, everything_ended, until
 pytestmark = pytest.mark.usefixtures("small_processes")
 
 
-def test_it_starts_and_leaves_nothing(tmp_path, monkeypatch, earlier):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_it_starts_and_leaves_nothing(tmp_path, temporary, earlier):
     with LocalDeployment(config(tmp_path)) as deployment:
         assert [child.name for child in deployment.children] == ["coordinator", "expert a", "expert b"]
         deployment.check()
-        assert list(tmp_path.glob("polylogit-*"))
+        assert list(temporary.iterdir())
     assert everything_ended(tmp_path, earlier)
-    assert not list(tmp_path.glob("polylogit-*"))
+    assert not list(temporary.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -37,14 +34,11 @@ def test_it_starts_and_leaves_nothing(tmp_path, monkeypatch, earlier):
     ],
     ids=["expert", "coordinator", "time"],
 )
-def test_what_cannot_start_ends_with_one_line_and_leaves_nothing(
-    tmp_path, monkeypatch, models, settings, words, earlier
-):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_what_cannot_start_ends_with_one_line_and_leaves_nothing(tmp_path, temporary, models, settings, words, earlier):
     with pytest.raises(StartError, match=f"^{words}$"), LocalDeployment(config(tmp_path, models, **settings)):
         pass
     assert until(lambda: everything_ended(tmp_path, earlier))
-    assert not list(tmp_path.glob("polylogit-*"))
+    assert not list(temporary.iterdir())
 
 
 def test_an_expert_on_another_host_that_is_not_reached_is_named(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import tempfile
 import threading
 from pathlib import Path
 
@@ -70,14 +69,11 @@ def test_a_life_with_two_restarts_and_an_orderly_end(tmp_path, earlier):
     ids=["expert", "coordinator", "restarts", "time"],
 )
 @pytest.mark.usefixtures("small_processes")
-def test_what_cannot_go_on_ends_with_one_line_and_leaves_nothing(
-    tmp_path, monkeypatch, models, settings, words, earlier
-):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_what_cannot_go_on_ends_with_one_line_and_leaves_nothing(tmp_path, temporary, models, settings, words, earlier):
     with pytest.raises(StartError, match=f"^{words}$"):
         Supervisor(config(tmp_path, models, **settings), lambda url: None).run()
     assert until(lambda: everything_ended(tmp_path, earlier))
-    assert not list(tmp_path.glob("polylogit-*"))
+    assert not list(temporary.iterdir())
 
 
 @pytest.mark.usefixtures("small_processes")
