@@ -133,7 +133,13 @@ class SequenceTable:
             is_stop=np.zeros((slots, 1), bool),
             counts=np.zeros(slots, np.int32),
         )
-        self.lengths = Lengths(np.zeros((slots, experts), np.int32), *np.zeros((4, slots), np.int32))
+        self.lengths = Lengths(
+            prompt=np.zeros((slots, experts), np.int32),
+            generated=np.zeros(slots, np.int32),
+            given=np.zeros(slots, np.int32),
+            min_tokens=np.zeros(slots, np.int32),
+            max_tokens=np.zeros(slots, np.int32),
+        )
         self.forced, self.last_tokens = np.full(slots, -1, np.int32), np.zeros(slots, np.int32)
         self.rules = Rules(
             temperature=np.zeros(slots, np.float32),

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from server.coordinator.clock import Phase, TickClock
+from server.coordinator.clock import Phase, TickClock, timed
 from server.coordinator.fusion import tabulate
 from server.coordinator.tally import Sources, TokenTally
 from server.policy import Contrastive, Uniform, Weights
@@ -105,3 +105,28 @@ def test_idle_time_belongs_to_no_tick():
     assert sum(clock.ticks.snapshot().counts) == 2
     assert sum(clock.seconds.values()) == pytest.approx(clock.ticks.snapshot().sum)
     assert clock.ticks.snapshot().sum < 0.05
+
+
+def test_time_within_a_timed_method_is_not_its_callers():
+    class Work:
+        clock = TickClock()
+
+        @timed(Phase.FUSE)
+        def outer(self) -> None:
+            time.sleep(0.01)
+            self.inner()
+
+        @timed(Phase.GATE)
+        def inner(self) -> None:
+            time.sleep(0.03)
+            raise ValueError
+
+    work = Work()
+    work.clock.start(0.0)
+    with pytest.raises(ValueError):
+        work.outer()
+    work.clock.stop()
+    seconds = work.clock.seconds
+    assert seconds[Phase.GATE] >= 0.03
+    assert 0.01 <= seconds[Phase.FUSE] < seconds[Phase.GATE]
+    assert sum(seconds.values()) == pytest.approx(work.clock.ticks.snapshot().sum)
