@@ -93,6 +93,14 @@ class FitProgress:
         self.model = copy.deepcopy(model.state_dict())
         self.optimizer = copy.deepcopy(optimizer.state_dict())
 
+    def resume(self, model: GateModel, optimizer: torch.optim.Optimizer) -> bool:
+        """Put both where the phase was interrupted; False where it has only begun."""
+        if not self.model:
+            return False
+        model.load_state_dict(self.model)
+        optimizer.load_state_dict(self.optimizer)
+        return True
+
     def enter(self, phase: str, model: GateModel) -> None:
         """Begin the next phase with the weights of `model`."""
         self.start = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
@@ -139,9 +147,7 @@ def fit(
     training, validation = parts
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.01)
-    if progress.model:
-        model.load_state_dict(progress.model)
-        optimizer.load_state_dict(progress.optimizer)
+    progress.resume(model, optimizer)
     losses: list[float] = []
     for step in range(progress.step, settings.updates):
         if progress.since >= settings.patience:

@@ -74,12 +74,8 @@ def refine(
     training, validation = parts
     start = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
-    if progress.model:
-        model.load_state_dict(progress.model)
-        optimizer.load_state_dict(progress.optimizer)
-    elif validation:
-        policy.load(model)
-        reward = float(policy.sample(validation, 1, temperature=0.0, seed=seed).rewards.mean())
+    if not progress.resume(model, optimizer) and validation:
+        reward = _greedy_reward(model, policy, validation, seed)
         progress.measure(model, reward)
         progress.points.append(Point("refine", 0, validation=reward))
     for step in range(progress.step + 1, settings.steps + 1):
@@ -91,8 +87,7 @@ def refine(
         away = update(model, start, contract.space, made, settings, optimizer)
         measured = None
         if validation and (step % settings.interval == 0 or step == settings.steps):
-            policy.load(model)
-            measured = float(policy.sample(validation, 1, temperature=0.0, seed=seed).rewards.mean())
+            measured = _greedy_reward(model, policy, validation, seed)
             progress.measure(model, measured)
         elif not validation:
             progress.measure(model, step)
@@ -101,6 +96,12 @@ def refine(
         progress.keep(model, optimizer, step)
         report(progress)
     model.load_state_dict(progress.best)
+
+
+def _greedy_reward(model: GateModel, policy: Policy, prompts: list[int], seed: int) -> float:
+    """Mean reward of one greedy response to each of `prompts`."""
+    policy.load(model)
+    return float(policy.sample(prompts, 1, temperature=0.0, seed=seed).rewards.mean())
 
 
 def update(

@@ -110,30 +110,35 @@ def record(options: RecordOptions, log_options: LogOptions) -> int:
     console = Console(stderr=True)
     if isolation := getattr(grader, "isolation", None):
         console.print(f"code runs in a sandbox: {isolation}", highlight=False, soft_wrap=True)
+    sizes = _sizes(config, options.hidden)
     with closing(RecordWriter(options.output, _manifest(config, options, plan))) as writer:
-        left = plan.size - len(writer.done)
-        if not left:
+        if len(writer.done) == plan.size:
             console.print(f"{options.output}: all {plan.size} responses are there", highlight=False, soft_wrap=True)
             return 0
-        with (
-            recording_deployment(config, _sizes(config, options.hidden), gate) as (deployment, _),
-            _bar(console) as bar,
-        ):
+        with recording_deployment(config, sizes, gate) as (deployment, _):
             rollouts = Rollouts(
                 deployment,
                 stop_token_ids=texts.stop_token_ids,
                 max_tokens=options.max_tokens,
                 in_flight=2 * config.limits.sequences,
             )
-            progress = bar.add_task("responses", total=plan.size, completed=len(writer.done))
-            rewards: dict[str, list[float]] = defaultdict(list)
-            for response in _graded(rollouts, plan, texts, grader, writer.done, _sizes(config, options.hidden)):
-                writer.add(response)
-                rewards[plan.sources[response.source]].append(response.reward)
-                bar.advance(progress)
+            responses = _graded(rollouts, plan, texts, grader, writer.done, sizes)
+            rewards = _write(responses, writer, plan, console)
     console.print(_table(rewards))
     print(f"{plan.size} responses -> {options.output}")
     return 0
+
+
+def _write(responses: Iterator[Response], writer: RecordWriter, plan: Plan, console: Console) -> dict[str, list[float]]:
+    """Write responses as they come, under a progress bar; their rewards by source."""
+    rewards: dict[str, list[float]] = defaultdict(list)
+    with _bar(console) as bar:
+        progress = bar.add_task("responses", total=plan.size, completed=len(writer.done))
+        for response in responses:
+            writer.add(response)
+            rewards[plan.sources[response.source]].append(response.reward)
+            bar.advance(progress)
+    return rewards
 
 
 def _sizes(config: Config, hidden: bool) -> list[int]:
