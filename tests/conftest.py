@@ -39,10 +39,12 @@ def pytest_collection_finish() -> None:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from tests.support.scheduling import Scheduler
 
+    config.option.loadscopereorder = False  # in the order of below
     return Scheduler(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "e2e" not in item.path.parts)  # what takes long comes first
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
