@@ -47,6 +47,7 @@ format: .venv/ready-to-test
 # And what tests, checks and training need.
 .venv/ready-to-test: .venv/ready docker/requirements/dev.txt
 	$(BIN)/pip install -q --no-deps -r docker/requirements/dev.txt
+	$(BIN)/python -c "from server.coordinator.warmup import warm_up; warm_up()"  # or each coordinator would compile it
 	touch $@
 
 clean:
