@@ -85,7 +85,7 @@ class Coordinator:
             link.drop += misplaced.tolist()
         for sequence, cached in report.cached_tokens.items():
             self._table.note_cached(sequence, link.index, cached)
-        self._observer.reported(link, self._table.sequence[kept], len(misplaced), sum(report.cached_tokens.values()))
+        self._observer.reported(link, report, self._table.sequence, kept, misplaced)
         return kept
 
     def _park(self, link: ExpertLink, slots: Int64) -> None:

@@ -17,6 +17,7 @@ from server.coordinator.tally import TokenTally
 from server.coordinator.timings import Timings
 from server.request import FinishReason, SequenceRequest
 from server.wire.api import Ended, SequenceTiming
+from server.wire.expert import Report
 
 
 class Observer:
@@ -50,13 +51,14 @@ class Observer:
         self.counters.ticks += 1
         self.counters.experts[slowest.index].slowest_ticks += len(reports) > 1
 
-    def reported(self, link: ExpertLink, sequences: Int64, misplaced: int, cached_tokens: int) -> None:
-        """An engine has shown the distributions after `sequences`, and some at an unexpected position; it has found
-        tokens of prompts in its prefix cache."""
+    def reported(self, link: ExpertLink, report: Report, sequence: Int64, kept: Int64, misplaced: Int64) -> None:
+        """An engine has shown the distributions of the slots `kept`, and of some at an unexpected position; `sequence`
+        [S] says what runs in each slot."""
         if self._timings:
-            self._timings.reported(link.index, sequences.tolist(), link.arrived_at)
-        self.counters.position_faults += misplaced
-        self.counters.experts[link.index].cached_tokens += cached_tokens
+            self._timings.reported(link.index, sequence[kept].tolist(), link.arrived_at)
+        if report.cached_tokens:
+            self.counters.experts[link.index].cached_tokens += sum(report.cached_tokens.values())
+        self.counters.position_faults += len(misplaced)
 
     def parked(self, sequences: int) -> None:
         """That many have left an engine for a while."""

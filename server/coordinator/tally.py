@@ -85,8 +85,7 @@ class TokenTally:
 
     def count(self, sources: Sources, coefficients: Float32) -> None:
         """Count B tokens fused with `coefficients` [B, E]."""
-        _count_shares(sources.available, coefficients, self._shares)
-        _count_choices(sources, coefficients, self._totals)
+        _count(sources, coefficients, self._shares, self._totals)
 
     def shares(self, expert: int) -> Histogram:
         """An expert's shares |c_i| / sum_j |c_j|."""
@@ -103,6 +102,13 @@ class TokenTally:
             certificates=dict(zip(VERDICTS, self._totals[_VERDICTS:].tolist(), strict=True)),
             entropy=Histogram(list(NATS), self._shares.entropy_counts.tolist(), float(self._shares.entropy_sum[0])),
         )
+
+
+@compiled
+def _count(sources: Sources, coefficients: Float32, shares: _Shares, totals: Int64) -> None:
+    """One call for both: crossing into compiled code costs more than counting a few rows."""
+    _count_shares(sources.available, coefficients, shares)
+    _count_choices(sources, coefficients, totals)
 
 
 @compiled
