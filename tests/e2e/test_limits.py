@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -41,7 +42,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         experts=["math"],
         limits={"sequences": 1, "queue": 2, "key_requests": 3},
         http={"api_keys_file": str(folder / "keys"), **http},
-        expert={"chat_template": str(folder / "template")},
+        # One thread: two would spin while they wait for each other and for the cores of those who ask.
+        expert={"chat_template": str(folder / "template"), "cpus": [min(os.sched_getaffinity(0))]},
     )
     with serve(data) as server:
         yield server
