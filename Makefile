@@ -12,7 +12,7 @@ test: .venv/ready-to-test
 	$(BIN)/python -m pytest -n 2 --durations 20
 
 test-fast: .venv/ready-to-test
-	$(BIN)/python -m pytest -m "not e2e"
+	$(BIN)/python -m pytest -n 2 -m "not e2e"
 
 check: .venv/ready-to-test
 	$(BIN)/ruff check .
