@@ -1,9 +1,9 @@
 """Command lines from dataclasses: an option for each field, its help the docstring below the field.
 
-`max_tokens: int = 256` is `--max-tokens N`, `once: bool = False` the flag `--once`, `hidden: bool = True` the flag
-`--no-hidden`, `models: tuple[str, ...]` takes one value or more; a field without a default is required. A field that is
-itself such a dataclass is a group of options. What a type does not say stands in `Annotated`: `Positional`, `Metavar`,
-`Output`, `Each`, or a function that parses the text and raises ArgumentTypeError.
+`max_tokens: int = 256` is `--max-tokens N`, `once: bool = False` the flag `--once`, `models: tuple[str, ...]` takes one
+value or more; a field without a default is required. A field that is itself such a dataclass is a group of options.
+What a type does not say stands in `Annotated`: `Positional`, `Metavar`, `Output`, `Each`, or a function that parses the
+text and raises ArgumentTypeError.
 """
 
 import argparse
@@ -31,7 +31,7 @@ Parsed = TypeVar("Parsed")
 
 
 class OptionsError(ValueError):
-    """Options that do not go together; raised by the dataclass itself, after its fields are set."""
+    """Options that do not go together; raised by the dataclass itself, after its fields are set, or by the command."""
 
 
 class OutputError(GateError):
@@ -224,10 +224,9 @@ def _docstrings(options: type[Options]) -> dict[str, str]:
 
 
 def _option(field: _Field) -> str:
-    """As it is typed; one that is on by default is given to turn it off."""
+    """As it is typed."""
     place = field.mark(Positional)
-    no = "no-" if field.type is bool and field.default else ""
-    return place.metavar if place else f"--{no}{field.name.replace('_', '-')}"
+    return place.metavar if place else f"--{field.name.replace('_', '-')}"
 
 
 def _argument(field: _Field) -> tuple[list[str], dict[str, Any]]:
@@ -235,8 +234,7 @@ def _argument(field: _Field) -> tuple[list[str], dict[str, Any]]:
     shown = field.help.replace("%", "%%")
     settings: dict[str, Any] = {"help": shown, "default": argparse.SUPPRESS}
     if field.type is bool:
-        action = "store_false" if field.default else "store_true"
-        return [_option(field)], settings | {"action": action, "dest": field.name}
+        return [_option(field)], settings | {"action": "store_true"}
     settings |= _value(field)
     if place := field.mark(Positional):
         if field.default is not MISSING:

@@ -38,8 +38,8 @@ class RecordOptions:
     """Longer responses are cut and count as wrong."""
     limit: Annotated[int | None, whole(1)] = None
     """Use only the first prompts (default: all)."""
-    hidden: bool = True
-    """Record hidden states too; --no-hidden leaves them out."""
+    no_hidden: bool = False
+    """Leave out hidden states."""
     seed: Annotated[int, whole(0)] = 0
     """Of the sampling."""
 

@@ -110,7 +110,7 @@ def record(options: RecordOptions, log_options: LogOptions) -> int:
     console = Console(stderr=True)
     if isolation := getattr(grader, "isolation", None):
         console.print(f"code runs in a sandbox: {isolation}", highlight=False, soft_wrap=True)
-    sizes = _sizes(config, options.hidden)
+    sizes = _sizes(config, not options.no_hidden)
     with closing(RecordWriter(options.output, _manifest(config, options, plan))) as writer:
         if len(writer.done) == plan.size:
             console.print(f"{options.output}: all {plan.size} responses are there", highlight=False, soft_wrap=True)
@@ -208,7 +208,7 @@ def _manifest(config: Config, options: RecordOptions, plan: Plan) -> Manifest:
         vocabulary_hash=vocabulary_of(config),
         vocabulary_size=files[0].vocab_size,
         top_k=min(config.top_k, files[0].vocab_size),
-        hidden_sizes=_sizes(config, options.hidden),
+        hidden_sizes=_sizes(config, not options.no_hidden),
         prompts=sha256_file(options.prompts),
         grader=options.grader,
         sources=plan.sources,

@@ -71,13 +71,13 @@ class Everything(Base):
     """Squared (default: none)."""
     once: bool = False
     """One frame."""
-    hidden: bool = True
-    """Hidden states; --no-hidden leaves them out."""
+    no_hidden: bool = False
+    """Leave out hidden states."""
     inner: Inner = field(default_factory=Inner)
     """Fine print."""
 
     def __post_init__(self) -> None:
-        if self.once and not self.hidden:
+        if self.once and self.no_hidden:
             raise OptionsError("--once and --no-hidden do not go together")
 
 
@@ -131,7 +131,7 @@ def test_every_kind_of_field() -> None:
         policies=("a", "b"),
         models=("x", "y"),
         squares=(4, 9),
-        hidden=False,
+        no_hidden=True,
         inner=Inner(share=1.0),
     )
 
@@ -170,7 +170,7 @@ def test_help_is_the_docstrings_and_tells_the_defaults(monkeypatch: pytest.Monke
         "--space {logprob,prob}",
         "--sizes SIZES Some numbers (default: 1,8)",
         "--once One frame",
-        "--no-hidden Hidden states; --no-hidden leaves them out",
+        "--no-hidden Leave out hidden states",
         "Fine print:",
         "--share X Of 100% (default: 0.5)",
     ):
