@@ -53,8 +53,9 @@ class Checkpoint:
 
 
 def save(module: nn.Module, contract: Contract, path: Path) -> None:
-    """Scripts `module` (with an exported method `project`) and writes it with its contract."""
+    """Scripts `module` (with an exported method `project`) and writes it with its contract; makes the folders above."""
     extra = {CONTRACT_ENTRY: encode_contract(contract)}
+    path.parent.mkdir(parents=True, exist_ok=True)
     with _deprecations_silenced():
         torch.jit.script(module.eval()).save(str(path), _extra_files=extra)  # type: ignore[no-untyped-call]
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gate import checkpoint
-from gate.errors import GateError
-from gate.options import Output, run_module
+from gate.options import OptionsError, Output, run_module
 
 Input = Literal["topk", "hidden", "state"]
 
@@ -62,11 +61,11 @@ class AblateOptions:
 
 
 def ablate(options: AblateOptions) -> None:
-    """Run the command. Raises GateError."""
+    """Run the command. Raises GateError, OptionsError."""
     gate = checkpoint.load(options.gate)
     has = {*gate.contract.inputs, *(["state"] if gate.contract.state_size else [])}
     if options.remove not in has:
-        raise GateError(f"{options.gate} does not read {options.remove}")
+        raise OptionsError(f"{options.gate} does not read {options.remove}")
     checkpoint.save(Without(gate.module, options.remove), gate.contract, options.output)
 
 

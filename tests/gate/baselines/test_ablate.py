@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gate import checkpoint
-from gate.baselines.ablate import Without
+from gate.baselines.ablate import Without, main
 from gate.model import GateModel
 from tests.support.gate_examples import EXPERTS, HIDDEN, contract, topk
 
@@ -47,3 +47,20 @@ def test_an_absent_expert_stays_absent(tmp_path):
     logprobs[:, 1] = -torch.inf
     found, _ = gate(logprobs, ids, torch.zeros(ROWS, len(EXPERTS), 4), torch.zeros(ROWS, 0))
     assert (found[:, 1] == 0).all()
+
+
+def test_the_command_makes_the_folder_of_its_output(tmp_path):
+    agreed = contract()
+    checkpoint.save(GateModel(agreed), agreed, tmp_path / "whole.pt")
+    output = tmp_path / "new" / "without.pt"
+    main(["--gate", str(tmp_path / "whole.pt"), "--remove", "topk", "--output", str(output)])
+    assert checkpoint.load(output).contract == agreed
+
+
+def test_an_input_that_the_gate_does_not_read_is_a_wrong_argument(tmp_path, capsys):
+    agreed = contract()
+    checkpoint.save(GateModel(agreed), agreed, tmp_path / "whole.pt")
+    with pytest.raises(SystemExit) as ended:
+        main(["--gate", str(tmp_path / "whole.pt"), "--remove", "state", "--output", str(tmp_path / "without.pt")])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith("whole.pt does not read state\n")
