@@ -93,7 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
     logs.configure(made(LogOptions, values).over(LoggingConfig()), "polylogit")
     try:
         code = int(values["start"](values))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is closed, in `>&-`
+            sys.stdout.flush()
         return code
     except (PolylogitError, GateError) as error:
         if logs.in_json():
@@ -112,6 +113,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _nobody_reads() -> bool:
     """Whether nobody reads standard output any more; if so, what is left to write goes nowhere."""
+    if sys.stdout is None:
+        return False
     output = sys.stdout.fileno()
     poll = select.poll()
     poll.register(output, select.POLLOUT)

@@ -64,6 +64,13 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert process.returncode == 141
 
 
+def test_a_closed_output_is_no_error() -> None:
+    """As in `polylogit check FILE >&-`."""
+    command = f"exec {sys.executable} -m server.cli check {DEMO / 'polylogit.yaml'} >&-"
+    done = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_the_command_line_imports_nothing_heavy() -> None:
     """It is read by every start, and by `--help`."""
     program = "import sys, server.cli; print([name for name in ('torch', 'vllm', 'numpy') if name in sys.modules])"
