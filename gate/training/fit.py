@@ -33,7 +33,7 @@ class TrainingError(GateError):
 
 
 def finite(value: float, what: str) -> float:
-    """`value`. Raises TrainingError if it is no number: then the weights are none either, or the records."""
+    """`value`. Raises TrainingError if it is not finite: then some weights are not either, or some records."""
     if not math.isfinite(value):
         raise TrainingError(f"{what} is {value}: lower the learning rate, or look for such numbers in the records")
     return value

@@ -20,7 +20,7 @@ from server.text.model_files import ModelFiles, read_model_files
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at. What is wrong is no finding, but a StartError."""
+    """One thing that was looked at. What is wrong is a StartError, not a finding."""
 
     subject: str
     """What it is about: "expert math", "gpus", "gate"."""

@@ -116,7 +116,7 @@ def _read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
     except OSError as error:
         raise StartError(f"{path}: cannot be read: {error.strerror or error}") from None
     except ValueError:
-        raise StartError(f"{path}: is not valid JSON") from None
+        raise StartError(f"{path}: not valid JSON") from None
     if not isinstance(data, dict):
         raise StartError(f"{path}: must be a JSON object")
     return data

@@ -50,7 +50,7 @@ class Tokenizer:
         try:
             return cls(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises bare Exception
-            raise StartError(f"{path}: is not a tokenizer: {' '.join(str(error).split())[:200]}") from None
+            raise StartError(f"{path}: not a tokenizer: {' '.join(str(error).split())[:200]}") from None
 
     @cached_property
     def longest_token(self) -> int:

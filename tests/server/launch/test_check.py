@@ -83,7 +83,7 @@ def test_every_expert_is_described(folder):
     [
         (lambda text: shutil.rmtree(text), "no such model directory"),
         (lambda text: (text / "config.json").unlink(), "has no config.json"),
-        (lambda text: (text / "config.json").write_text("{"), "config.json: is not valid JSON"),
+        (lambda text: (text / "config.json").write_text("{"), "config.json: not valid JSON"),
         (lambda text: (text / "config.json").write_text("[]"), "must be a JSON object"),
         (lambda text: edit(text / "config.json", vocab_size=None), "vocab_size is missing"),
         (lambda text: edit(text / "config.json", hidden_size="128"), "hidden_size is missing or not a positive"),
