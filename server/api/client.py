@@ -237,7 +237,7 @@ class EngineClient:
                         waiter.set_result(None)
 
     def _progress(self, message: Progress) -> None:
-        running, choices = self._running, message.choices
+        running, details = self._running, message.details
         for number, token in zip(message.sequences, message.tokens, strict=True):
             if (found := running.get(number)) is not None:
                 generation, place = found
@@ -245,7 +245,7 @@ class EngineClient:
                     generation.note_cached(place, message.cached_tokens[number])
                 if number in message.timings:
                     generation.timings[place] = message.timings[number]
-                generation.put(place, token, choices.get(number))
+                generation.put(place, token, details.get(number))
 
     def _ended(self, message: Ended) -> None:
         if (found := self._running.pop(message.sequence, None)) is not None:

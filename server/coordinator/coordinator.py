@@ -172,10 +172,10 @@ class Coordinator:
         if sampled.fused.lost.any():
             good = np.flatnonzero(~sampled.fused.lost)
             sequences, tokens = sampled.sequences[good].tolist(), sampled.tokens[good].tolist()
-        choices = {int(sampled.sequences[row]): sampled.details(row, count) for row, count in sampled.detailed}
+        details = {int(sampled.sequences[row]): sampled.details(row, count) for row, count in sampled.detailed}
         timings = self._observer.first_tokens(sampled.cached)
         if sampled.record is not None:
             outbox.append(sampled.record)
-        outbox.append(Progress(sequences, tokens, choices, sampled.cached, timings))
+        outbox.append(Progress(sequences, tokens, details, sampled.cached, timings))
         outbox += ended
         self._observer.generated(sampled.fused, ended)

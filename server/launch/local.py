@@ -52,7 +52,7 @@ class Generated:
 
     tokens: list[int] = field(default_factory=list)
     """T token ids, one a tick."""
-    choices: list[TokenDetails] = field(default_factory=list)
+    details: list[TokenDetails] = field(default_factory=list)
     """What the sequence asked for beside each token; T, or none."""
     arrivals: list[float] = field(default_factory=list)
     """When each token came, T seconds on the clock of `time.perf_counter`."""
@@ -181,13 +181,13 @@ class LocalDeployment:
         """Enter `message` into `results`; how many sequences it ended."""
         now = time.perf_counter()
         match message:
-            case Progress(sequences=sequences, tokens=tokens, choices=choices):
+            case Progress(sequences=sequences, tokens=tokens, details=details):
                 for sequence, token in zip(sequences, tokens, strict=True):
                     if (result := results.get(sequence)) is not None:
                         result.tokens.append(token)
                         result.arrivals.append(now)
-                        if sequence in choices:
-                            result.choices.append(choices[sequence])
+                        if sequence in details:
+                            result.details.append(details[sequence])
             case Ended(sequence=sequence) if sequence in results:
                 results[sequence].ended = message
                 return 1

@@ -85,7 +85,7 @@ class Progress(Message, frozen=True, tag="Progress"):
     """B sequences that got one."""
     tokens: list[int]
     """B token ids, one for each of `sequences`."""
-    choices: dict[int, TokenDetails] = msgspec.field(default_factory=dict)
+    details: dict[int, TokenDetails] = msgspec.field(default_factory=dict)
     """Sequence -> what it asked for beside the token, for those that did."""
     cached_tokens: dict[int, int] = msgspec.field(default_factory=dict)
     """Sequence -> prompt tokens found in every prefix cache, for those whose first token this is."""

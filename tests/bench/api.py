@@ -41,7 +41,7 @@ CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 _BEAT_SECONDS = 0.001
 _TICK_SECONDS = 0.002
-_CHOICE = TokenDetails(-0.5, 1, [(ord("a") - rank, -0.5 - rank) for rank in range(20)], [0.75, 0.25])
+_DETAILS = TokenDetails(-0.5, 1, [(ord("a") - rank, -0.5 - rank) for rank in range(20)], [0.75, 0.25])
 _USER = {"role": "user", "content": "x"}
 
 
@@ -155,8 +155,8 @@ class Engine:
         await self.begun.wait()
         self.begun.clear()
         for _ in range(self.length):
-            choices = dict.fromkeys(self.running, _CHOICE)
-            await self.channel.send(Progress(self.running, [ord("a")] * len(self.running), choices))
+            details = dict.fromkeys(self.running, _DETAILS)
+            await self.channel.send(Progress(self.running, [ord("a")] * len(self.running), details))
             await asyncio.sleep(_TICK_SECONDS)
         await self._end()
 

@@ -27,7 +27,7 @@ from tests.support.sequences import again, greedy, sampled
 REQUESTS = 200
 SECONDS = 8.0
 CANCELLED = 0.2
-MOST_TIES = 4
+MAX_TIES = 4
 POLICIES: list[Policy] = [
     Uniform(),
     Uniform(space="prob"),
@@ -40,7 +40,7 @@ POLICIES: list[Policy] = [
 
 
 def make_requests(chance: random.Random) -> list[SequenceRequest]:
-    """Prompts of 8 to 120 tokens, another length for every expert; one in four is drawn, the others are greedy."""
+    """Prompts of 8 to 120 tokens, another length for every expert; one in four is sampled, the others are greedy."""
     requests = []
     for number in range(REQUESTS):
         question = list(b"Sum %d and %d, then reverse " % (chance.randrange(100), chance.randrange(100)))
@@ -112,7 +112,7 @@ def test_each_request_equals_its_solo_run(cramped: LocalDeployment, crowd: Crowd
         (ties if _is_tie(cramped, request, generated, at) else wrong).append(f"{request.policy} at {at}")
     print(f"\n{len(crowd.outcome.finished)} compared, ties: {ties}")
     assert not wrong
-    assert len(ties) <= MOST_TIES
+    assert len(ties) <= MAX_TIES
 
 
 def _run(deployment: LocalDeployment, request: SequenceRequest) -> Generated:
@@ -126,8 +126,8 @@ def _preemptions(stats: Stats) -> int:
 def _is_tie(deployment: LocalDeployment, request: SequenceRequest, generated: Generated, at: int) -> bool:
     """Whether a solo run's distribution at the first difference is undecided between the two tokens."""
     detailed = again(request, top_logprobs=demo.VOCABULARY)
-    choice = _run(deployment, detailed).choices[at]
-    logprobs = dict(choice.top)
+    details = _run(deployment, detailed).details[at]
+    logprobs = dict(details.top)
     if request.sampling.temperature == 0:
         return max(logprobs.values()) - logprobs[generated.tokens[at]] < TIE
     ids = sorted(logprobs)

@@ -84,8 +84,8 @@ def test_prompts_are_scored_as_by_transformers(
 def check_scores(result: Generated, said: torch.Tensor) -> None:
     """Log-probabilities and ranks against the oracle's `said` [T, V]."""
     wanted = said.gather(1, torch.tensor(result.tokens)[:, None])
-    np.testing.assert_allclose([choice.logprob for choice in result.choices], wanted[:, 0], atol=TOLERANCE)
-    ranks = torch.tensor([choice.rank for choice in result.choices])
+    np.testing.assert_allclose([each.logprob for each in result.details], wanted[:, 0], atol=TOLERANCE)
+    ranks = torch.tensor([each.rank for each in result.details])
     assert (ranks >= 1 + (said > wanted + TOLERANCE).sum(1)).all()
     assert (ranks <= (said >= wanted - TOLERANCE).sum(1)).all()
     assert len(set(ranks.tolist())) > 3
@@ -98,7 +98,7 @@ def test_what_follows_a_scored_prompt_is_what_follows_the_prompt(whole: LocalDep
         plain = greedy([prompt] * 3, Gate(), 16, top_logprobs=0)
         given = scored(prompt, Gate(), more=16)
         results = whole.generate([plain, given])
-        drawn = results[given.id].choices[len(prompt) - 1 :]
-        assert results[given.id].tokens[len(prompt) - 1 :] == results[plain.id].tokens[: len(drawn)]
-        for one, other in zip(results[plain.id].choices, drawn, strict=False):
+        sampled = results[given.id].details[len(prompt) - 1 :]
+        assert results[given.id].tokens[len(prompt) - 1 :] == results[plain.id].tokens[: len(sampled)]
+        for one, other in zip(results[plain.id].details, sampled, strict=False):
             np.testing.assert_allclose(one.coefficients, other.coefficients, atol=1e-3)

@@ -46,7 +46,7 @@ def differences(served: list[Generated], decoded: Decoded) -> torch.Tensor:
     for row, result in enumerate(served):
         at = first_difference(result.tokens, decoded.tokens[row].tolist())
         same = len(result.tokens) if at is None else at + 1
-        found = torch.tensor([choice.coefficients for choice in result.choices[:same]], dtype=torch.float64)
+        found = torch.tensor([each.coefficients for each in result.details[:same]], dtype=torch.float64)
         rows.append((found - decoded.coefficients[row, :same]).abs())
     return torch.cat(rows)
 

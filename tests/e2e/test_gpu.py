@@ -135,7 +135,7 @@ def test_coefficients_of_a_gate_on_hidden_states(
     for row, request in enumerate(requests):
         at = first_difference(results[request.id].tokens, decoded.tokens[row].tolist())
         same = TOKENS if at is None else at + 1
-        found = torch.tensor([choice.coefficients for choice in results[request.id].choices[:same]])
+        found = torch.tensor([each.coefficients for each in results[request.id].details[:same]])
         off.append((found - decoded.coefficients[row, :same]).abs().max())
         seen += same
     assert max(off) < TOLERANCE
@@ -149,7 +149,7 @@ def test_perplexity_of_a_prompt(length: int, deployment: LocalDeployment, pair: 
     """Of one token there is nothing to score, and nothing may be waited for."""
     prompt = (pair.encode(demo.conversations(1)[0]) * 3)[:length]
     request = greedy([prompt, prompt], Perplexity(), 4, expert_weights=True)
-    found = deployment.generate([request])[request.id].choices[0].coefficients
+    found = deployment.generate([request])[request.id].details[0].coefficients
     surprise = [pair.cross_entropy(prompt, expert) if length > 1 else 0.0 for expert in range(2)]
     weights = [math.exp(-each) / sum(math.exp(-other) for other in surprise) for each in surprise]
     assert found == pytest.approx(weights, abs=0.01)

@@ -18,7 +18,7 @@ from tests.support.sequences import greedy
 
 PROMPTS = 100
 TOKENS = 48
-MOST_TIES = 5
+MAX_TIES = 5
 SYSTEM = "You are a careful assistant. Answer in as few words as you can."
 
 
@@ -51,6 +51,6 @@ def test_greedy_tokens_equal_transformers(
     record_property("ties", len(result.ties))
     print(f"\n{case}: {result.equal} of {PROMPTS * TOKENS} positions equal, {len(result.ties)} ties")
     assert not result.wrong
-    assert len(result.ties) <= MOST_TIES
+    assert len(result.ties) <= MAX_TIES
     assert result.equal >= 0.9 * PROMPTS * TOKENS
     assert len({tuple(tokens) for tokens in served}) > PROMPTS // 2  # the answers depend on the prompts

@@ -21,7 +21,7 @@ from tests.support.sequences import greedy
 
 PROMPTS = 24
 TOKENS = 24
-MOST_TIES = 3
+MAX_TIES = 3
 COEFFICIENTS = 1e-4
 MATH, TEXT, CHAT = range(3)
 
@@ -58,10 +58,10 @@ def test_policy_follows_its_definition(
     result = compare([generated.tokens for generated in served], decoded)
     print(f"\n{case}: {result.equal} of {PROMPTS * TOKENS} positions equal, ties {result.ties}")
     assert not result.wrong
-    assert len(result.ties) <= MOST_TIES
+    assert len(result.ties) <= MAX_TIES
     for row, generated in enumerate(served):
         at = first_difference(generated.tokens, decoded.tokens[row].tolist())
-        found = torch.tensor([choice.coefficients for choice in generated.choices[:at]], dtype=torch.float64)
+        found = torch.tensor([each.coefficients for each in generated.details[:at]], dtype=torch.float64)
         off = (found - decoded.coefficients[row, :at]).abs().max(-1).values
         decided = decoded.slack[row, :at] >= TIE  # two experts may be equally sure
         assert (off[decided] < COEFFICIENTS).all(), (row, at)
@@ -77,13 +77,13 @@ def test_perplexity_weighs_by_the_cross_entropy_of_the_prompt(
     entropies = torch.tensor([[reference.cross_entropy(row[e], e) for e in range(3)] for row in prompts])
     expected = (-entropies.double() / tau).softmax(-1)
     for row, generated in enumerate(served):
-        found = torch.tensor([choice.coefficients for choice in generated.choices], dtype=torch.float64)
+        found = torch.tensor([each.coefficients for each in generated.details], dtype=torch.float64)
         assert torch.allclose(found, expected[row].expand_as(found), atol=COEFFICIENTS), row
     result = compare(
         [generated.tokens for generated in served], reference.decode(prompts, rules.PerRow(expected), TOKENS)
     )
     assert not result.wrong
-    assert len(result.ties) <= MOST_TIES
+    assert len(result.ties) <= MAX_TIES
     assert expected.std(0).max() > 0.05  # prompts of different domains get different weights
 
 
@@ -96,7 +96,7 @@ def test_temperatures_of_single_experts(
     rule = rules.heated(rules.linear([1 / 3] * 3), temperatures)
     result = compare([results[request.id].tokens for request in requests], reference.decode(prompts, rule, TOKENS))
     assert not result.wrong
-    assert len(result.ties) <= MOST_TIES
+    assert len(result.ties) <= MAX_TIES
 
 
 def test_every_policy_is_compared_somewhere() -> None:

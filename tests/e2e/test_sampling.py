@@ -82,7 +82,7 @@ def served_distribution(
     """float64[V]: what the server says about the first token."""
     request = greedy(prompts, policy, 1, top_logprobs=demo.VOCABULARY, temperatures=HEATED)
     probabilities = np.zeros(demo.VOCABULARY)
-    for token, logprob in deployment.generate([request])[request.id].choices[0].top:
+    for token, logprob in deployment.generate([request])[request.id].details[0].top:
         probabilities[token] = np.exp(logprob)
     assert abs(probabilities.sum() - 1) < 1e-5
     return probabilities / probabilities.sum()

@@ -62,8 +62,8 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
     for request in requests:
         assert parallel[request.id].tokens == single[request.id].tokens
     for request in alone:
-        for one, two in zip(single[request.id].choices, parallel[request.id].choices, strict=True):
+        for one, two in zip(single[request.id].details, parallel[request.id].details, strict=True):
             assert two.logprob == pytest.approx(one.logprob, abs=1e-4)
     for request in gated:
-        for one, two in zip(single[request.id].choices, parallel[request.id].choices, strict=True):
+        for one, two in zip(single[request.id].details, parallel[request.id].details, strict=True):
             assert two.coefficients == pytest.approx(one.coefficients, abs=1e-3)

@@ -46,6 +46,6 @@ def served(deployment: LocalDeployment, texts: Texts, policy: Policy) -> Tensor:
         requests = [greedy([prefix] * 3, policy, 1, top_logprobs=demo.VOCABULARY) for prefix in prefixes]
         results = deployment.generate(requests)
         for row, request in enumerate(requests, start):
-            ids, logprobs = zip(*results[request.id].choices[0].top, strict=True)
+            ids, logprobs = zip(*results[request.id].details[0].top, strict=True)
             probabilities[row, list(ids)] = torch.tensor(logprobs, dtype=torch.float64).exp()
     return probabilities

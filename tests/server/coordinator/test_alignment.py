@@ -22,12 +22,12 @@ def test_one_sequence_in_step(tmp_path, rng, models):
         assert_alone(deployment, [one], [alone])
         stats = deployment.stats()
     assert (stats.parked, stats.readded, stats.position_faults, stats.tokens) == (0, 0, 0, 12)
-    choices = deployment.choices[one.id]
-    np.testing.assert_allclose([choice.logprob for choice in choices], alone.logprobs, atol=1e-4)
-    for choice in choices:
-        assert choice.coefficients == [0.5, 0.5]
-        assert len(choice.top) == 3
-        assert choice.top == sorted(choice.top, key=lambda pair: -pair[1])
+    details = deployment.details[one.id]
+    np.testing.assert_allclose([detail.logprob for detail in details], alone.logprobs, atol=1e-4)
+    for detail in details:
+        assert detail.coefficients == [0.5, 0.5]
+        assert len(detail.top) == 3
+        assert detail.top == sorted(detail.top, key=lambda pair: -pair[1])
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -142,7 +142,7 @@ def test_exact_look_up_finds_parked_rows_too(tmp_path, rng, models, cache):
         expected = [generate(each, models, HALF, top_k=4) for each in requests]
         assert_alone(deployment, requests, expected)
         for each, alone in zip(requests, expected, strict=True):
-            found = [choice.logprob for choice in deployment.choices[each.id]]
+            found = [detail.logprob for detail in deployment.details[each.id]]
             np.testing.assert_allclose(found, alone.logprobs, atol=1e-4)
         assert deployment.stats().parked > 0
 

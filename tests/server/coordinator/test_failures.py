@@ -64,12 +64,12 @@ def test_no_token_is_fused_without_the_exact_probabilities_that_a_dying_expert_w
         deployment.finish(*both, only_a)
         assert_alone(deployment, [only_a], [generate(only_a, models, shares([1, 0]), top_k=4)])
         for each in both:
-            tokens, choices = deployment.tokens[each.id], deployment.choices[each.id]
-            before = len(tokens) if loss != "degrade" else sum(choice.coefficients[1] > 0 for choice in choices)
+            tokens, details = deployment.tokens[each.id], deployment.details[each.id]
+            before = len(tokens) if loss != "degrade" else sum(detail.coefficients[1] > 0 for detail in details)
             gone = (lambda at: lambda expert, step: expert and step >= at)(before)
             alone = generate(each, models, HALF, top_k=4, gone=gone)
             assert tokens == alone.tokens[: len(tokens)]
-            found = [choice.logprob for choice in choices]
+            found = [detail.logprob for detail in details]
             np.testing.assert_allclose(found, alone.logprobs[: len(tokens)], atol=1e-4)
             assert (len(tokens) == len(alone.tokens)) == (deployment.ended[each.id].reason is FinishReason.LENGTH)
             assert (deployment.ended[each.id].message == "expert b was lost") == (loss == "fail")

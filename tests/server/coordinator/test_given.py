@@ -49,7 +49,7 @@ def test_given_tokens_have_their_fused_logprobs(tmp_path, rng, models, chunk):
     for each in scored:
         tokens = each.prompts[0] + each.given
         assert deployment.tokens[each.id][: len(each.given)] == each.given
-        found = [choice.logprob for choice in deployment.choices[each.id]][: len(each.given)]
+        found = [detail.logprob for detail in deployment.details[each.id]][: len(each.given)]
         np.testing.assert_allclose(found, fused_logprobs(models, tokens), atol=1e-4)
 
 

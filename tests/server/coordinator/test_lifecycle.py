@@ -183,9 +183,9 @@ def test_log_probabilities_are_those_before_bias_penalties_and_temperature(tmp_p
         )
         deployment.run(one)
         alone = generate(one, models, HALF)
-        found = [choice.logprob for choice in deployment.choices[one.id]]
+        found = [detail.logprob for detail in deployment.details[one.id]]
         np.testing.assert_allclose(found, alone.logprobs, atol=1e-4)
-        assert {len(choice.top) for choice in deployment.choices[one.id]} == {0}
+        assert {len(detail.top) for detail in deployment.details[one.id]} == {0}
 
 
 def test_cached_prompt_tokens_are_the_fewest_over_the_experts_and_told_once(tmp_path, rng, models):
@@ -243,8 +243,8 @@ def test_perplexity_waits_for_the_scores_of_the_prompt(tmp_path, rng, models, ta
             weights = np.exp(-np.array(surprise) / tau)
             weights /= weights.sum()
             assert deployment.tokens[each.id] == generate(each, models, shares(weights.tolist())).tokens
-            for choice in deployment.choices[each.id]:
-                np.testing.assert_allclose(choice.coefficients, weights, rtol=1e-4)
+            for detail in deployment.details[each.id]:
+                np.testing.assert_allclose(detail.coefficients, weights, rtol=1e-4)
 
 
 # --- shutting down ---

@@ -112,10 +112,10 @@ class FakeCoordinator:
             tokens = {n: plan[tick] for n, plan in plans.items() if tick < len(plan) and n in self.running}
             if not tokens:
                 break
-            choices = {n: self._choice(asked[n], token) for n, token in tokens.items() if _wants(asked[n])}
+            details = {n: self._details(asked[n], token) for n, token in tokens.items() if _wants(asked[n])}
             cached = dict.fromkeys(tokens, script.cached) if tick == 0 else {}
             timings = {n: self._timing(asked[n], came) for n in tokens if asked[n].timed} if tick == 0 else {}
-            await self._channel.send(Progress(list(tokens), list(tokens.values()), choices, cached, timings))
+            await self._channel.send(Progress(list(tokens), list(tokens.values()), details, cached, timings))
             await asyncio.sleep(script.pause)
         for number, plan in plans.items():
             if number in self.running:
@@ -130,7 +130,7 @@ class FakeCoordinator:
         prefilled = [admitted + share * (index + 1) if own else 0.0 for index, own in enumerate(sequence.prompts)]
         return SequenceTiming(came, prefilled, admitted, now)
 
-    def _choice(self, sequence: SequenceRequest, token: int) -> TokenDetails:
+    def _details(self, sequence: SequenceRequest, token: int) -> TokenDetails:
         """The token has log-probability -0.5, the id before it -1, the one before that -2 and so on."""
         top = [(token, -0.5), *((max(token - rank, 0), -float(rank)) for rank in range(1, 20))]
         return TokenDetails(-0.5, 1, top[: sequence.top_logprobs or 0], self.script.weigh(token))

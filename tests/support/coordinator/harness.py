@@ -57,7 +57,7 @@ SECONDS = 20.0
 
 
 class Deployment:
-    """What the coordinator told the api: `tokens`, `choices`, `cached`, `timings`, `ended` (in order of arrival),
+    """What the coordinator told the api: `tokens`, `details`, `cached`, `timings`, `ended` (in order of arrival),
     `statuses`; the supervisor, of experts on other hosts: `notes`. `expert`: further configuration of some of them. Who
     runs an expert with an `address` is the test. `unanswered`: expert -> the number of the look-up that its worker dies
     of."""
@@ -86,7 +86,7 @@ class Deployment:
         self.config: Config = parse_config(data, directory=directory)
         self.engines = engines
         self.tokens: dict[int, list[int]] = defaultdict(list)
-        self.choices: dict[int, list[TokenDetails]] = defaultdict(list)
+        self.details: dict[int, list[TokenDetails]] = defaultdict(list)
         self.cached: dict[int, int] = {}
         self.timings: dict[int, SequenceTiming] = {}
         self.ended: dict[int, Ended] = {}
@@ -226,15 +226,15 @@ class Deployment:
 
     def _note(self, message: ToApi) -> None:
         match message:
-            case Progress(sequences=sequences, tokens=tokens, choices=choices, cached_tokens=cached, timings=timings):
+            case Progress(sequences=sequences, tokens=tokens, details=details, cached_tokens=cached, timings=timings):
                 assert not self.cached.keys() & cached.keys()
                 self.cached |= cached
                 self.timings |= timings
                 for sequence, token in zip(sequences, tokens, strict=True):
                     assert sequence not in self._terminal, "a token after the end"
                     self.tokens[sequence].append(token)
-                    if sequence in choices:
-                        self.choices[sequence].append(choices[sequence])
+                    if sequence in details:
+                        self.details[sequence].append(details[sequence])
             case Ended(sequence=sequence):
                 self._terminal[sequence] += 1
                 self.ended[sequence] = message
