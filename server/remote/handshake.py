@@ -5,8 +5,8 @@ numbers; the coordinator first, so that a stranger at the worker's port gets a r
 sent back to its sender is worthless, because the roles differ, and so is one heard earlier, because the numbers do.
 Then the coordinator makes its offer (`server.remote.agreement`), and the worker agrees or says why not.
 
-Every frame (`server.wire.framing`) is bounded before it is read. The whole has a time limit,
-however slowly the peer talks. Nothing is encrypted: the network between the hosts must be private.
+Every frame (`server.wire.framing`) is bounded before it is read. The whole has a time limit, however slowly the peer
+talks. Nothing is encrypted: the network between the hosts must be private.
 """
 
 from __future__ import annotations
@@ -142,13 +142,14 @@ class _Wire:
         self.peer.sendall(framed(data))
 
     def number(self) -> bytes:
-        """The peer's random number. Raises OSError."""
+        """The peer's random number. Raises OSError, FrameError."""
         if len(number := self.receive(_NUMBER_BYTES)) != _NUMBER_BYTES:
             raise OSError("does not speak polylogit")
         return number
 
     def receive(self, max_bytes: int) -> bytes:
-        """A frame of at most `max_bytes` bytes, and nothing of what follows it: that is a message. Raises OSError."""
+        """A frame of at most `max_bytes` bytes, and nothing of what follows it: that is a message. Raises OSError, and
+        FrameError for a longer one."""
         frames = FrameParser(max_bytes)
         while (frame := frames.pop()) is None:
             self._limit()

@@ -36,6 +36,8 @@ _MAX_ADDRESS_BYTES = 107
 """What Linux takes as a socket's path."""
 _MAX_NAME_BYTES = 24
 _LINGER_SECONDS = 0.5
+_MAX_REMOTE_BYTES = 1 << 28
+"""More than any message to or from another host has; a length beyond it is rubbish."""
 
 
 def endpoint(directory: Path, name: str) -> str:
@@ -202,6 +204,7 @@ class ConnectedChannel(Channel[Incoming, Outgoing]):
 
     def __init__(self, peer: socket.socket, incoming: object) -> None:
         super().__init__("", incoming, bind=False)
+        self._frames = FrameParser(_MAX_REMOTE_BYTES)
         self._socket = peer
 
     @property

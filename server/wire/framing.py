@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import struct
 
-MAX_FRAME_BYTES = 1 << 28
-"""More than any message has; a length beyond it is rubbish."""
-
 _LENGTH = struct.Struct("<I")
 
 
@@ -26,8 +23,8 @@ def framed(data: bytes) -> bytes:
 class FrameParser:
     """Puts the frames of one stream together."""
 
-    def __init__(self, max_bytes: int = MAX_FRAME_BYTES) -> None:
-        """`max_bytes`: the longest frame that is accepted."""
+    def __init__(self, max_bytes: int | None = None) -> None:
+        """`max_bytes`: the longest frame that is accepted; None for any."""
         self._max_bytes = max_bytes
         self._received = bytearray()
 
@@ -57,6 +54,6 @@ class FrameParser:
         if len(self._received) < _LENGTH.size:
             return None
         length = int(_LENGTH.unpack_from(self._received)[0])
-        if length > self._max_bytes:
+        if self._max_bytes is not None and length > self._max_bytes:
             raise FrameError(f"a frame of {length} bytes, at most {self._max_bytes} are accepted")
         return length

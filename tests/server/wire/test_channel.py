@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -113,3 +115,13 @@ def test_a_selector_hands_one_message_of_each_channel_to_its_handler(sockets):
     assert len(heard) == 3
     one.send(Progress([1], [2]))
     assert first.receive(5) == Progress([1], [2])
+
+
+def test_a_message_on_this_host_may_be_of_any_length(sockets, tmp_path):
+    """Many choices of a long prompt are one. Only what another host sends has a limit."""
+    server = sockets.server()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(endpoint(tmp_path, "socket"))
+        client.sendall(struct.pack("<I", 2**32 - 1) + b"the beginning")
+        assert server.receive(0.05) is None
+        assert server.connected
