@@ -49,12 +49,16 @@ class Child:
     output: threading.Thread | None = None
     """Writes on what the process writes, if it is captured."""
 
-    def last_words(self) -> str:
-        """Why it ended, in one line. To be asked once."""
+    def reason(self) -> str:
+        """Why it ended, in one line, if it has said so, or "". To be asked once."""
         with contextlib.suppress(EOFError, OSError):
             if self.pipe.poll():
                 return self.pipe.recv_bytes().decode()
-        return f"ended with exit code {self.process.exitcode}"
+        return ""
+
+    def last_words(self) -> str:
+        """Why or how it ended, in one line that goes after its name. To be asked once."""
+        return self.reason() or f"ended with exit code {self.process.exitcode}"
 
     def end(self) -> None:
         """Kill it, if it has not ended, and remove what is left of it."""

@@ -63,7 +63,7 @@ def _await_ready(server: Child, announced: Connection, seconds: float) -> str:
         return announced.recv_bytes().decode()
     except EOFError:
         server.process.join(_END_SECONDS)
-        raise StartError(server.last_words()) from None
+        raise StartError(server.reason() or f"the server ended with exit code {server.process.exitcode}") from None
 
 
 def _be_silent() -> None:

@@ -33,7 +33,7 @@ def test_a_server_that_is_ready_is_found_and_ended(tmp_path: Path, monkeypatch: 
     [
         ("refuses", "the model is not there"),
         ("crashes", "ValueError: several words on two lines"),
-        ("is_killed", "ended with exit code -9"),
+        ("is_killed", "the server ended with exit code -9"),
     ],
 )
 def test_the_last_words_of_a_server_that_fails_are_one_line(
