@@ -3,7 +3,7 @@
 Each expert has a prompt of its own length, prompts are read in pieces, one engine preempts for want of KV cache,
 requests come at random times and a part of them is cancelled. Batched float32 products differ from single ones in the
 last bits (about 1e-6), so a first difference may stand where the two best candidates of the solo run are closer than
-1e-4 nats, or where a draw falls that near to the boundary between two tokens; such cases are counted.
+1e-4 nats, or where a random number falls that near to the boundary between two tokens; such cases are counted.
 """
 
 from __future__ import annotations

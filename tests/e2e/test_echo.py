@@ -54,7 +54,7 @@ def said_of(prompt: list[int], rule: Rule, reference: Reference) -> torch.Tensor
 
 
 def scored(prompt: list[int], policy: Policy, more: int = 0) -> SequenceRequest:
-    """`prompt` with every token given but the first, and `more` tokens to draw."""
+    """`prompt` with every token given but the first, and `more` tokens to sample."""
     used = participants(policy, demo.EXPERTS)
     return greedy(
         [prompt[:1] if index in used else [] for index in range(len(demo.EXPERTS))],

@@ -233,7 +233,7 @@ def test_expert_weights(server: Served) -> None:
 async def test_a_seed_gives_the_same_text_alone_and_in_a_crowd(server: Served) -> None:
     async with server.async_openai() as client:
 
-        async def draw(seed: int, content: str) -> str:
+        async def text_of(seed: int, content: str) -> str:
             answer = await client.chat.completions.create(
                 model="demo",
                 messages=[{"role": "user", "content": content}],
@@ -244,9 +244,9 @@ async def test_a_seed_gives_the_same_text_alone_and_in_a_crowd(server: Served) -
             )
             return answer.choices[0].message.content
 
-        alone = await draw(77, "Add 53 and 36.")
-        crowd = [draw(seed, "x" * seed) for seed in range(1, 16)]
-        together = await asyncio.gather(draw(77, "Add 53 and 36."), *crowd)
+        alone = await text_of(77, "Add 53 and 36.")
+        crowd = [text_of(seed, "x" * seed) for seed in range(1, 16)]
+        together = await asyncio.gather(text_of(77, "Add 53 and 36."), *crowd)
     assert together[0] == alone
     assert len(set(together)) > 8
 

@@ -183,7 +183,7 @@ CHAT: dict[str, Check] = {
         == [0, 1, 2, 2]
     ),
     "n, with temperature 0": lambda s: texts(s, n=3) == ["171"] * 3,
-    "n, drawn": lambda s: len(set(texts(s, n=4, seed=1, **HOT))) == 4,
+    "n, sampled": lambda s: len(set(texts(s, n=4, seed=1, **HOT))) == 4,
     "max_tokens": lambda s: usage(s, max_tokens=2) == (2, "length"),
     "max_completion_tokens goes before max_tokens": lambda s: (
         usage(s, max_completion_tokens=1, max_tokens=2) == (1, "length")

@@ -1,4 +1,4 @@
-"""Tokens are drawn from the distribution that the server reports, and a seed fixes them whatever else runs."""
+"""Tokens are sampled from the distribution that the server reports, and a seed fixes them whatever else runs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tests.support import demo
 from tests.support.oracle.huggingface import Reference
 from tests.support.sequences import greedy, sampled
 
-DRAWS = 10_000
+SAMPLES = 10_000
 BATCH = 2_000
 SIGNIFICANCE = 0.001
-FEWEST = 5.0  # expected draws in a bin of a chi-square test
+FEWEST = 5.0  # expected samples in a bin of a chi-square test
 
 
 HEATED = [2.0, 2.5, 3.0]
@@ -32,11 +32,13 @@ def prompts(reference: Reference) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("policy", [Gate(), Uniform(space="prob")], ids=["gate", "mixture"])
-def test_draws_follow_the_served_distribution(policy: Policy, whole: LocalDeployment, prompts: list[list[int]]) -> None:
+def test_samples_follow_the_served_distribution(
+    policy: Policy, whole: LocalDeployment, prompts: list[list[int]]
+) -> None:
     probabilities = served_distribution(whole, prompts, policy)
-    draws = DRAWS if isinstance(policy, Gate) else DRAWS // 2
-    p = chi_square(draw(whole, prompts, policy, draws, temperature=1.0), probabilities)
-    print(f"\n{draws} draws over {(probabilities * draws >= FEWEST).sum()} bins: p = {p:.3f}")
+    samples = SAMPLES if isinstance(policy, Gate) else SAMPLES // 2
+    p = chi_square(sample(whole, prompts, policy, samples, temperature=1.0), probabilities)
+    print(f"\n{samples} samples over {(probabilities * samples >= FEWEST).sum()} bins: p = {p:.3f}")
     assert p > SIGNIFICANCE
 
 
@@ -46,13 +48,13 @@ def test_temperature_and_top_p_shape_the_distribution(whole: LocalDeployment, pr
     shaped /= shaped.sum()
     order = np.argsort(-shaped)
     shaped[order[np.cumsum(shaped[order]) - shaped[order] >= top_p]] = 0
-    counts = draw(whole, prompts, Gate(), DRAWS // 2, temperature=temperature, top_p=top_p)
+    counts = sample(whole, prompts, Gate(), SAMPLES // 2, temperature=temperature, top_p=top_p)
     assert chi_square(counts, shaped / shaped.sum()) > SIGNIFICANCE
 
 
 def test_a_wrong_distribution_would_be_noticed(whole: LocalDeployment, prompts: list[list[int]]) -> None:
-    """Draws at temperature 1.1 are not taken for draws at temperature 1."""
-    counts = draw(whole, prompts, Gate(), DRAWS // 2, temperature=1.1)
+    """Samples at temperature 1.1 are not taken for samples at temperature 1."""
+    counts = sample(whole, prompts, Gate(), SAMPLES // 2, temperature=1.1)
     assert chi_square(counts, served_distribution(whole, prompts, Gate())) < SIGNIFICANCE
 
 
@@ -88,20 +90,20 @@ def served_distribution(
     return probabilities / probabilities.sum()
 
 
-def draw(
-    deployment: LocalDeployment, prompts: list[list[int]], policy: Policy, draws: int, **sampling: float
+def sample(
+    deployment: LocalDeployment, prompts: list[list[int]], policy: Policy, samples: int, **sampling: float
 ) -> npt.NDArray[np.int64]:
-    """int64[V]: how often each token came first, over `draws` consecutive seeds."""
+    """int64[V]: how often each token came first, over `samples` consecutive seeds."""
     counts: Counter[int] = Counter()
-    for start in range(0, draws, BATCH):
-        seeds = range(start, min(start + BATCH, draws))
+    for start in range(0, samples, BATCH):
+        seeds = range(start, min(start + BATCH, samples))
         requests = [sampled(prompts, policy, 1, seed=seed, temperatures=HEATED, **sampling) for seed in seeds]
         counts.update(tokens[0] for tokens in run(deployment, requests))
     return np.array([counts[token] for token in range(demo.VOCABULARY)])
 
 
 def chi_square(counts: npt.NDArray[np.int64], probabilities: npt.NDArray[np.float64]) -> float:
-    """p-value of `counts` under `probabilities`; tokens with too few expected draws make one bin together."""
+    """p-value of `counts` under `probabilities`; tokens with too few expected samples make one bin together."""
     expected = probabilities * counts.sum()
     assert not counts[expected == 0].any()
     large = expected >= FEWEST
