@@ -51,4 +51,5 @@ format: .venv/ready-to-test
 	touch $@
 
 clean:
-	rm -rf .venv build dist site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find server gate tests deploy docs -name __pycache__ -prune -exec rm -rf {} +

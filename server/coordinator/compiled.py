@@ -7,6 +7,7 @@ the same tick is several times cheaper, and the loops say what they do.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,27 @@ import numba
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Compiled code is kept in NUMBA_CACHE_DIR, or beside the sources, and is trusted like them; where that is read-only,
-# each start compiles anew.
-_CACHE = os.access(numba.config.CACHE_DIR or Path(__file__).parent, os.W_OK)
+
+def sources_digest(package: Path) -> str:
+    """What tells one state of a package's sources from another: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in sorted(package.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _set_cache() -> bool:
+    """Have Numba keep compiled code, trusted like the sources, in NUMBA_CACHE_DIR or beside them, in a folder for each
+    state of the package: Numba itself looks at a function's own file only, not at those of the functions that it calls
+    and of the tuples whose fields it reads. False where that is read-only: each start compiles anew.
+    """
+    package = Path(__file__).parent
+    base = Path(numba.config.CACHE_DIR or package / "__pycache__")
+    numba.config.CACHE_DIR = str(base / f"numba-{sources_digest(package)}")
+    return os.access(base if base.exists() else base.parent, os.W_OK)
+
+
+_CACHE = _set_cache()
 
 
 def compiled(function: Function) -> Function:
