@@ -40,16 +40,18 @@ class OutputError(GateError):
 
 @dataclass(frozen=True, slots=True)
 class Positional:
-    """The argument is given by its place; `metavar` is what help calls it."""
+    """The argument is given by its place."""
 
     metavar: str
+    """What help calls it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metavar:
-    """What help calls an option's value."""
+    """The option's value has a name of its own in help."""
 
     metavar: str
+    """That name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +64,10 @@ class Each:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The command writes this file, or a folder: `check_outputs` refuses it before the work if that cannot be."""
+    """The command writes this: `check_outputs` refuses it before the work if that cannot be."""
 
     folder: bool = False
+    """It is a folder, not a file."""
 
 
 @dataclass(frozen=True, slots=True)

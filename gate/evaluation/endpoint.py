@@ -27,6 +27,7 @@ class ModelReply:
     """What a model answered to one question."""
 
     text: str
+    """The answer."""
     tokens: int
     """Of the answer."""
     cut: bool

@@ -35,9 +35,10 @@ _RETRY_SECONDS = 5
 
 @dataclass(frozen=True, slots=True)
 class CachedTokens:
-    """Comes before the first token: how many prompt tokens were found in the prefix cache."""
+    """Comes before the first token."""
 
     count: int
+    """Prompt tokens that every expert found in its prefix cache."""
 
 
 Event = tuple[int, int | CachedTokens | Ended, TokenDetails | None]

@@ -30,6 +30,7 @@ from server.errors import PolylogitError, StartError
 log = logging.getLogger("polylogit")
 
 _OUTPUT_SECONDS = 1.0
+_ENDING_SECONDS = 0.02
 _MAX_WORDS = 500
 _PR_SET_PDEATHSIG = 1
 
@@ -93,8 +94,11 @@ class Children:
             raise error(f"{child.name}: {child.last_words()}")
 
     def wait(self, seconds: float) -> None:
-        """Return when one ends, after `seconds` at the latest. `ended` may see it only a moment later."""
-        multiprocessing.connection.wait([child.process.sentinel for child in self._children], seconds)
+        """Return when one ends, after `seconds` at the latest."""
+        ending = multiprocessing.connection.wait([child.process.sentinel for child in self._children], seconds)
+        if ending and self.ended() is None:
+            # Its files are closed, but the system is not done with it: a GPU's memory may take a second to be freed.
+            time.sleep(min(seconds, _ENDING_SECONDS))
 
     def reap(self, seconds: float) -> None:
         """End them all: by themselves within `seconds`, or else by force. None is left afterwards."""

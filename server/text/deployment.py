@@ -21,6 +21,7 @@ class ExpertText:
     """One expert as text."""
 
     name: str
+    """As in the configuration."""
     tokenizer: Tokenizer
     """The same object for experts with equal files."""
     template: ChatTemplate | None
@@ -42,6 +43,7 @@ class Ensemble:
     model: str
     """The model name that was asked for."""
     policy: Policy
+    """How their distributions are fused."""
     indexes: Sequence[int]
     """The experts' places in the deployment, ascending."""
     experts: Sequence[ExpertText]

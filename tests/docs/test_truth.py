@@ -90,6 +90,29 @@ def test_the_readme_and_the_architecture_stay_short() -> None:
     assert len((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").splitlines()) <= 110
 
 
+def test_each_public_field_has_a_line_under_it() -> None:
+    """As CONTRIBUTING states: of dataclasses, structs, messages, tuples and pydantic's models."""
+    bare = []
+    for path in (path for folder in ("server", "gate") for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and _has_fields(node):
+                bare += [f"{path.name}: {node.name}.{field}" for field in _fields_without_a_line(node)]
+    assert not bare
+
+
+def _has_fields(node: ast.ClassDef) -> bool:
+    kinds = [ast.unparse(kind) for kind in (*node.decorator_list, *node.bases)]
+    return any(word in kind for kind in kinds for word in ("dataclass", "Struct", "Message", "NamedTuple", "Body"))
+
+
+def _fields_without_a_line(node: ast.ClassDef) -> Iterator[str]:
+    for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
+        if isinstance(statement, ast.AnnAssign):
+            value = following.value if isinstance(following, ast.Expr) else None
+            if not (isinstance(value, ast.Constant) and isinstance(value.value, str)):
+                yield ast.unparse(statement.target)
+
+
 def test_code_keeps_to_the_lengths_that_contributing_states() -> None:
     for path in (path for folder in ("server", "gate", "deploy", "docs") for path in (ROOT / folder).rglob("*.py")):
         source = path.read_text(encoding="utf-8")

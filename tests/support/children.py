@@ -69,6 +69,12 @@ def crash() -> None:
     raise ValueError("several\n  words\ton two lines")
 
 
+def linger_with_closed_files(ready: str) -> None:
+    """As a process does that is ending, while the system frees what it held."""
+    os.closerange(3, 1024)
+    linger(ready)
+
+
 def linger(ready: str) -> None:
     """Say so with a file, then wait."""
     Path(ready).touch()

@@ -21,7 +21,9 @@ class ChoiceDelta:
     """What a choice gained since the last delta."""
 
     text: str
+    """What can be shown already: neither half a character nor what may become a stop string."""
     tokens: list[int]
+    """Ids of the tokens that came."""
     details: list[TokenDetails]
     """Of each token, when asked for; of the first tokens of an echoed prompt there are none."""
 

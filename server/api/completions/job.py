@@ -24,6 +24,7 @@ class Job:
     """Everything that a response is made from."""
 
     request: GenerationRequest
+    """What the client asked for."""
     model: str
     """The model name, as it is answered."""
     sequences: list[SequenceRequest]
@@ -33,6 +34,7 @@ class Job:
     scores: list[PromptScores]
     """One for each prompt, or none."""
     encoder: ResponseEncoder
+    """Makes the response's JSON: of chat or of text completions."""
 
     def usage(self) -> Usage:
         """A prompt counts once, however many choices it has."""

@@ -37,7 +37,9 @@ class StaticFile:
     """One file of the page, read once."""
 
     body: bytes
+    """Its content."""
     media_type: str
+    """Its content-type header."""
     tag: str
     """An ETag: it changes with the body."""
 

@@ -50,6 +50,7 @@ class MessageDelta:
     """What a message gained with a piece of text."""
 
     content: str = ""
+    """Text outside of calls."""
     calls: list[ToolCallDelta] = field(default_factory=list)
     """One for each call that grew, in order."""
 

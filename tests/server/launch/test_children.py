@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,22 @@ def test_a_child_that_hangs_is_ended(tmp_path):
     child.end()
     assert child.process.exitcode == -signal.SIGKILL
     child.pipe.close()
+
+
+def test_who_waits_for_a_child_that_takes_long_to_end_leaves_the_processor_to_others(tmp_path):
+    child = spawn("child", partial(children.linger_with_closed_files, str(tmp_path / "ready")))
+    together = Children([child])
+    try:
+        assert until((tmp_path / "ready").exists)
+        started, waits = time.monotonic(), 0
+        while time.monotonic() < started + 0.4:
+            together.wait(10.0)
+            waits += 1
+        assert together.ended() is None
+        assert 1 < waits <= 21
+    finally:
+        together.reap(0.0)
+        child.pipe.close()
 
 
 def test_the_shared_memory_of_an_experts_ranks_goes_with_them(tmp_path):
