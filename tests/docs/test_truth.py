@@ -18,7 +18,7 @@ from tests.support.paths import ROOT
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
-    *(ROOT / name / "README.md" for name in ("deploy", "deploy/demo", "gate")),
+    *(ROOT / name / "README.md" for name in ("deploy", "deploy/demo", "deploy/smollm2", "gate")),
 ]
 FOLDERS = "server|gate|deploy|docs|docker|tests"
 MADE_BY_THE_READER = ("deploy/secrets", "deploy/.env")
