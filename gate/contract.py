@@ -33,7 +33,7 @@ class Contract(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     vocabulary_hash: str
     """sha256, hexadecimal, of the experts' common vocabulary; see `vocabulary_hash`."""
     top_k: int
-    """Listed candidates of each expert that the gate reads."""
+    """How many of each expert's most probable tokens the gate reads."""
     space: Literal["logprob", "prob"]
     """What the coefficients weigh: log-probabilities or probabilities."""
     inputs: list[Literal["topk", "hidden"]]
@@ -97,7 +97,7 @@ def mismatches(
     *,
     experts: list[str],
     vocabulary_hash: str,
-    top_k: int,
+    vocabulary_size: int,
     hidden_sizes: list[int] | None,
 ) -> list[str]:
     """Every way in which a deployment differs from the contract; empty when the gate fits.
@@ -107,15 +107,17 @@ def mismatches(
     pairs: list[tuple[str, object, object]] = [
         ("experts", contract.experts, experts),
         ("vocabulary_hash", contract.vocabulary_hash, vocabulary_hash),
-        ("top_k", contract.top_k, top_k),
     ]
     if hidden_sizes is not None and "hidden" in contract.inputs:
         pairs.append(("hidden_sizes", contract.hidden_sizes, hidden_sizes))
-    return [
+    problems = [
         f"{field}: the gate expects {expected}, the deployment has {found}"
         for field, expected, found in pairs
         if expected != found
     ]
+    if contract.top_k > vocabulary_size:
+        problems.append(f"top_k: the gate reads {contract.top_k} tokens of each expert, which has {vocabulary_size}")
+    return problems
 
 
 def require_fit(
@@ -124,12 +126,16 @@ def require_fit(
     *,
     experts: list[str],
     vocabulary_hash: str,
-    top_k: int,
+    vocabulary_size: int,
     hidden_sizes: list[int] | None,
 ) -> None:
     """Raises CheckpointError, which names `path` and each field in which a deployment differs from its contract."""
     problems = mismatches(
-        contract, experts=experts, vocabulary_hash=vocabulary_hash, top_k=top_k, hidden_sizes=hidden_sizes
+        contract,
+        experts=experts,
+        vocabulary_hash=vocabulary_hash,
+        vocabulary_size=vocabulary_size,
+        hidden_sizes=hidden_sizes,
     )
     if problems:
         raise CheckpointError(f"{path}: {'; '.join(problems)}")

@@ -1,5 +1,6 @@
 """The deployment's configuration: one YAML file, read into frozen structs. Unknown keys are errors that name the
-nearest known key. Knows nothing of engines; `server.launch.check` looks at the files that a configuration names.
+nearest known key, or what became of one that older files have. Knows nothing of engines; `server.launch.check` looks at
+the files that a configuration names.
 
 Relative paths are relative to the configuration file.
 """
@@ -55,6 +56,13 @@ NOT_ENGINE_ARGS = {
     "use_tqdm_on_load",
 }
 """What `engine_args` may not set: it has a key of its own, or the rendezvous depends on it."""
+
+_REMOVED = {
+    "top_k": "experts list `list_length` log-probabilities of each token, of which a gate reads as many as its "
+    "checkpoint says; delete the key, or rename it",
+    "missing": "an expert is always asked for what the lists do not settle, within `tolerance`; delete the key",
+}
+"""Keys that older files have -> what became of them and what to do."""
 
 
 class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -183,10 +191,11 @@ class Config(_Struct, frozen=True):
     """How experts may be fused: name -> policy, offered to clients as the model `NAME:POLICY`."""
     default_policy: str = "uniform"
     """The policy that answers for the deployment's own name."""
-    top_k: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 32
-    """Log-probabilities that each expert shows of each token."""
-    missing: Literal["tail", "exact"] = "exact"
-    """The log-probability of a token outside an expert's top-k: `tail` estimates it, `exact` asks the expert."""
+    list_length: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 128
+    """Log-probabilities that each expert lists of each token; where they do not settle a token, the expert is asked for
+    the whole row."""
+    tolerance: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1e-3
+    """How far a reported log-probability may be from that of the fused distribution, in nats."""
     gate: GateConfig | None = None
     """The learned gate, for the policies that ask one."""
     on_expert_loss: Literal["wait", "degrade", "fail"] = "wait"
@@ -359,6 +368,8 @@ def _unknown_key(data: object, kind: Any, where: str) -> str | None:
     fields = typing.get_type_hints(kind, include_extras=True)
     known = [field for field in kind.__struct_fields__ if (kind, field) != (Config, "directory")]
     for key, value in data.items():
+        if kind is Config and key in _REMOVED:
+            return f"there is no key {key!r} any more: {_REMOVED[key]}"
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"

@@ -89,6 +89,9 @@ class Fused:
     sources: Sources
     """What all this was made from."""
 
+    read: int
+    """Of each list the gate reads so many, and records keep as many; without a gate all."""
+
 
 class Fuser:
     """Fuses the rows of a tick, batched, one rule after another."""
@@ -136,6 +139,7 @@ class Fuser:
             sources=Sources(
                 rows.ids, rows.logprobs, rows.expected, rows.available, rows.found, prob_space, self._vocabulary
             ),
+            read=rows.ids.shape[2] if self._gate is None else self._gate.top_k,
         )
 
     def _read(self, table: SequenceTable, slots: Int64) -> _Rows:
@@ -189,7 +193,8 @@ class Fuser:
     def _ask_gate(self, gate: GateRunner, table: SequenceTable, rows: _Rows, asked: Int64) -> GateOutput:
         """The gate's answer for the rows `asked` [B']; their state in the table moves on."""
         slots = rows.slots[asked]
-        output = gate(rows.logprobs[asked], rows.ids[asked], table.rows.projected[slots], table.gate_state[slots])
+        logprobs, ids = rows.logprobs[asked, :, : gate.top_k], rows.ids[asked, :, : gate.top_k]
+        output = gate(logprobs, ids, table.rows.projected[slots], table.gate_state[slots])
         table.gate_state[slots] = output.state
         return output
 

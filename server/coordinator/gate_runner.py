@@ -43,6 +43,11 @@ class GateRunner:
         return self._checkpoint.contract.space
 
     @property
+    def top_k(self) -> int:
+        """K: it reads so many of each list, from the best on."""
+        return self._checkpoint.contract.top_k
+
+    @property
     def projected_size(self) -> int:
         return self._checkpoint.contract.projected_size
 
@@ -83,7 +88,7 @@ def load_gate(
     sha256: str | None,
     experts: list[str],
     vocabulary_hash: str,
-    top_k: int,
+    vocabulary_size: int,
     hidden_sizes: list[int],
 ) -> GateRunner:
     """Load the checkpoint at `path` for a deployment. Raises StartError naming each field that does not fit."""
@@ -94,7 +99,7 @@ def load_gate(
             path,
             experts=experts,
             vocabulary_hash=vocabulary_hash,
-            top_k=top_k,
+            vocabulary_size=vocabulary_size,
             hidden_sizes=hidden_sizes,
         )
     except CheckpointError as error:

@@ -18,6 +18,7 @@ from server.coordinator.table import SequenceTable
 from server.coordinator.warmup import warm_up
 from server.errors import StartError, UnreachableError
 from server.logs import fields
+from server.remote.agreement import list_length
 from server.remote.dialer import dialers
 from server.wire.api import (
     API_SOCKET,
@@ -267,26 +268,27 @@ class CoordinatorProcess:
         table = SequenceTable(
             slots=config.limits.sequences,
             experts=len(infos),
-            top_k=min(config.top_k, vocabulary),
+            top_k=min(list_length(config), vocabulary),
             projected=gate.projected_size if gate else 0,
             state=gate.state_size if gate else 0,
             vocabulary=vocabulary,
         )
         look_up: LookUp = lambda wanted: self._experts.gather(wanted, config.limits.tick_seconds)  # noqa: E731
-        fuser = Fuser(config.expert_names, vocabulary, gate, config.missing, look_up, self._observer.clock)
+        fuser = Fuser(config.expert_names, vocabulary, gate, "exact", look_up, self._observer.clock)
         self._gate, self._fuser = gate, fuser
         return Coordinator(config, self._experts.links, fuser, table, self._observer)
 
     def _load_gate(self, path: Path, sha256: str | None = None) -> GateRunner:
         """The checkpoint at `path`. Raises StartError if it does not fit the deployment."""
         config = self._config
+        infos = [link.info for link in self._experts.links if link.info is not None]
         return load_gate(
             path,
             sha256=sha256,
             experts=config.expert_names,
             vocabulary_hash=vocabulary_hash(config.path(config.experts[0].model) / "tokenizer.json"),
-            top_k=config.top_k,
-            hidden_sizes=[link.info.hidden_size for link in self._experts.links if link.info is not None],
+            vocabulary_size=infos[0].vocab_size,
+            hidden_sizes=[info.hidden_size for info in infos],
         )
 
     def _replace_gate(self, path: Path) -> str:
@@ -297,6 +299,8 @@ class CoordinatorProcess:
             gate = self._load_gate(path)
         except StartError as error:
             return str(error)
+        if gate.top_k > (listed := list_length(self._config)):
+            return f"gate {path.name}: top_k is {gate.top_k}, experts list {listed} log-probabilities"
         for field in ("projected_size", "state_size"):
             old, new = getattr(self._gate, field), getattr(gate, field)
             if old != new:

@@ -98,7 +98,7 @@ def _record(table: SequenceTable, fused: Fused, sequences: Int64) -> Recorded | 
     rows = np.flatnonzero(recorded & ~fused.lost)
     return Recorded(
         sequences[rows].tolist(),
-        fused.sources.ids[rows].tobytes(),
-        fused.sources.logprobs[rows].tobytes(),
+        fused.sources.ids[rows, :, : fused.read].tobytes(),
+        fused.sources.logprobs[rows, :, : fused.read].tobytes(),
         table.rows.projected[fused.slots[rows]].tobytes(),
     )

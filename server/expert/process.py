@@ -16,7 +16,7 @@ from server.config import Config, ExpertConfig
 from server.expert.ranks import CoordinatorLink, coordinator_link, meeting
 from server.expert.settle import settle
 from server.placement import Placement
-from server.remote.agreement import Terms, end_tokens, facts
+from server.remote.agreement import Terms, end_tokens, facts, list_length
 from server.remote.handshake import load_key
 from server.remote.listener import Listener
 
@@ -111,7 +111,7 @@ def _load_engine(config: Config, place: Placement, directory: Path, *, projects:
 
 def _local_terms(config: Config, gate: Checkpoint | None) -> Terms:
     """What a coordinator on this host wishes: it has the same configuration."""
-    return Terms(exact=config.missing == "exact", projection="none" if gate is None else "gate")
+    return Terms(list_length(config), "none" if gate is None else "gate")
 
 
 def serve_visitors(listener: Listener, serve: Callable[[Terms], None]) -> None:
@@ -131,9 +131,9 @@ def _serve(
         engine,
         link,
         expert=place.expert,
-        top_k=config.top_k,
+        top_k=terms.list_length,
         projector=projector(terms, gate),
-        retain=terms.exact,
+        retain=True,
     ).run()
 
 

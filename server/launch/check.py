@@ -46,7 +46,7 @@ def check(config: Config, host: str | None = None) -> list[Finding]:
         _check_devices(config, host),
         *_check_gpus(config, host),
         *_check_keys(config, host),
-        *_check_gate(config, vocabulary, [found.hidden_size for found in files.values()]),
+        *_check_gate(config, vocabulary, list(files.values())),
     ]
 
 
@@ -168,7 +168,7 @@ def _check_keys(config: Config, host: str | None) -> list[Finding]:
     return [Finding("cluster key", "given")]
 
 
-def _check_gate(config: Config, vocabulary: str, hidden_sizes: list[int]) -> list[Finding]:
+def _check_gate(config: Config, vocabulary: str, files: list[ModelFiles]) -> list[Finding]:
     if config.gate is None:
         return [Finding("gate", "none")]
     path = config.path(config.gate.file)
@@ -180,8 +180,8 @@ def _check_gate(config: Config, vocabulary: str, hidden_sizes: list[int]) -> lis
             path,
             experts=config.expert_names,
             vocabulary_hash=vocabulary,
-            top_k=config.top_k,
-            hidden_sizes=hidden_sizes,
+            vocabulary_size=files[0].vocab_size,
+            hidden_sizes=[found.hidden_size for found in files],
         )
     except CheckpointError as error:
         raise StartError(f"gate: {error}") from None

@@ -27,8 +27,8 @@ _SHOWN = 12
 class Terms(msgspec.Struct, frozen=True):
     """What a worker does as each coordinator wishes."""
 
-    exact: bool
-    """Keep the last logits of parked sequences."""
+    list_length: int
+    """Log-probabilities that it lists of each token."""
     projection: Literal["none", "gate", "raw"]
     """What is sent of hidden states: nothing, their projection by the gate that both hosts have, or themselves."""
     width: int = 0
@@ -69,7 +69,7 @@ def facts(config: Config, name: str) -> dict[str, str]:
         "end tokens": ", ".join(map(str, ends)),
         "max_model_len": str(expert.max_model_len),
         "dtype": expert.dtype,
-        "top_k": str(config.top_k),
+        "list_length": str(config.list_length),
         "limits.sequences": str(config.limits.sequences),
         "gate": _gate(config),
     }
@@ -86,13 +86,18 @@ def offer(config: Config, name: str) -> Offer:
 
 def terms(config: Config) -> Terms:
     """What the coordinator wishes."""
-    exact = config.missing == "exact"
+    length = list_length(config)
     if config.gate is None:
-        return Terms(exact, "none")
-    file = config.path(config.gate.file)
-    if "hidden" not in (contract := read_contract(file)).inputs:
-        return Terms(exact, "none")
-    return Terms(exact, "raw", contract.projected_size) if contract.recording else Terms(exact, "gate")
+        return Terms(length, "none")
+    if "hidden" not in (contract := read_contract(config.path(config.gate.file))).inputs:
+        return Terms(length, "none")
+    return Terms(length, "raw", contract.projected_size) if contract.recording else Terms(length, "gate")
+
+
+def list_length(config: Config) -> int:
+    """How many log-probabilities experts list of each token: the gate must find what it reads."""
+    read = 1 if config.gate is None else read_contract(config.path(config.gate.file)).top_k
+    return max(config.list_length, read)
 
 
 def end_tokens(config: Config) -> list[int]:

@@ -60,8 +60,6 @@ class Round:
 def bench(options: BenchOptions) -> int:
     """Run the command; the exit code. Raises ConfigError, StartError."""
     config = choose_experts(load_config(options.config), options.experts, gated=options.gate)
-    if options.missing is not None:
-        config = msgspec.structs.replace(config, missing=options.missing)
     if config.limits.sequences < max(options.sequences):
         raise ConfigError(f"limits.sequences is {config.limits.sequences}, fewer than {max(options.sequences)}")
     vocabulary = check_lengths(config, options.prompt_tokens, options.tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from gate.options import Metavar, Output, Positional, commas, names, whole
 
@@ -17,8 +17,6 @@ class BenchOptions:
     """The deployment's configuration."""
     experts: Annotated[tuple[str, ...], names, Metavar("NAMES")] = ()
     """Comma-separated names of the experts to use (default: all)."""
-    missing: Literal["tail", "exact"] | None = None
-    """How tokens outside an expert's list are scored (default: the configuration's)."""
     sequences: Annotated[tuple[int, ...], commas(whole(1)), Metavar("NUMBERS")] = (1, 8, 32)
     """Numbers of concurrent sequences."""
     tokens: Annotated[int, whole(4)] = 64

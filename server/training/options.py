@@ -36,6 +36,9 @@ class RecordOptions:
     """Of the sampling; 0 is greedy."""
     max_tokens: Annotated[int, whole(1)] = 512
     """Longer responses are cut and count as wrong."""
+    top_k: Annotated[int | None, whole(1)] = None
+    """Of each expert and token keep so many of the most probable tokens; gates that learn from the records read as many
+    (default: what the --gate reads, else 32)."""
     limit: Annotated[int | None, whole(1)] = None
     """Use only the first prompts (default: all)."""
     no_hidden: bool = False

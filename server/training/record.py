@@ -29,16 +29,16 @@ from server.logs import LogOptions
 from server.policy import Gate, Policy, Single, needs_gate
 from server.training.options import RecordOptions
 from server.training.recorder import (
+    chosen_gate,
     fingerprints,
     hidden_sizes,
-    load_gate,
-    model_files,
     read_config,
     recording_deployment,
     reward_of,
     seed_of,
     to_response,
     vocabulary_of,
+    vocabulary_size,
 )
 from server.training.rollout import Rollout, Rollouts, Task, Texts
 
@@ -103,7 +103,7 @@ def record(options: RecordOptions, log_options: LogOptions) -> int:
     grader = load_grader(options.grader)
     plan = _plan(config, options)
     check_gradable(plan.questions, grader)
-    gate = None if options.gate is None else load_gate(config, options.gate)
+    gate = chosen_gate(config, options.gate, options.top_k)
     texts = Texts(config)
     for question, given in zip(plan.questions, plan.given, strict=True):
         texts.check(question, [text for _, text in given])
@@ -111,7 +111,7 @@ def record(options: RecordOptions, log_options: LogOptions) -> int:
     if isolation := getattr(grader, "isolation", None):
         console.print(f"code runs in a sandbox: {isolation}", highlight=False, soft_wrap=True)
     sizes = _sizes(config, not options.no_hidden)
-    with closing(RecordWriter(options.output, _manifest(config, options, plan))) as writer:
+    with closing(RecordWriter(options.output, _manifest(config, options, plan, gate[1].top_k))) as writer:
         if len(writer.done) == plan.size:
             console.print(f"{options.output}: all {plan.size} responses are there", highlight=False, soft_wrap=True)
             return 0
@@ -199,15 +199,14 @@ def _given(questions: list[Question], options: RecordOptions) -> list[list[tuple
     return given
 
 
-def _manifest(config: Config, options: RecordOptions, plan: Plan) -> Manifest:
-    files = model_files(config)
+def _manifest(config: Config, options: RecordOptions, plan: Plan, top_k: int) -> Manifest:
     return Manifest(
         format_version=FORMAT_VERSION,
         experts=config.expert_names,
         models=fingerprints(config),
         vocabulary_hash=vocabulary_of(config),
-        vocabulary_size=files[0].vocab_size,
-        top_k=min(config.top_k, files[0].vocab_size),
+        vocabulary_size=vocabulary_size(config),
+        top_k=top_k,
         hidden_sizes=_sizes(config, not options.no_hidden),
         prompts=sha256_file(options.prompts),
         grader=options.grader,
@@ -219,7 +218,6 @@ def _manifest(config: Config, options: RecordOptions, plan: Plan) -> Manifest:
             "max_tokens": options.max_tokens,
             "seed": options.seed,
             "policies": msgspec.to_builtins(plan.policies),
-            "missing": config.missing,
             "responses": None if options.responses is None else sha256_file(options.responses),
             "gate": None if options.gate is None else sha256_file(options.gate),
         },

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from gate import checkpoint
-from gate.contract import Contract, require_fit, vocabulary_hash
+from gate.contract import CheckpointError, Contract, require_fit, vocabulary_hash
 from gate.evaluation.graders import Grader
 from gate.evaluation.prompts import Question
 from gate.training.recording_gate import uniform_gate, wrap
@@ -27,36 +27,47 @@ from server.training.rollout import Rollout, Texts
 
 Inner = tuple[Any, Contract]
 """A gate as a module, and its contract."""
+_TOP_K = 32
+"""What is kept of each list, unless told otherwise."""
 
 
 @contextmanager
-def recording_deployment(
-    config: Config, sizes: list[int], gate: Inner | None
-) -> Iterator[tuple[LocalDeployment, Path]]:
-    """The deployment, started to decode with `gate` (or none) instead of its own and to show hidden states of `sizes`
-    (none: it does not show them); (it, a directory for checkpoints). Raises StartError."""
+def recording_deployment(config: Config, sizes: list[int], gate: Inner) -> Iterator[tuple[LocalDeployment, Path]]:
+    """The deployment, started to decode with `gate` instead of its own and to show hidden states of `sizes` (none: it
+    does not show them); (it, a directory for checkpoints). Raises StartError."""
     with tempfile.TemporaryDirectory(prefix="polylogit-") as directory:
         file = Path(directory) / "recording.pt"
-        if sizes or gate is not None:
-            save_for_recording(config, sizes, gate, file)
+        save_for_recording(sizes, gate, file)
         limits = msgspec.structs.replace(config.limits, queue=max(config.limits.queue, config.limits.sequences))
-        chosen = GateConfig(str(file), on_failure="fail") if file.exists() else None
+        chosen = GateConfig(str(file), on_failure="fail")
         # "wait": rows of a lost expert must not be left out of what a gate learns from.
         served = msgspec.structs.replace(config, gate=chosen, limits=limits, on_expert_loss="wait")
         with LocalDeployment(served) as deployment:
             yield deployment, Path(directory)
 
 
-def save_for_recording(config: Config, sizes: list[int], gate: Inner | None, path: Path) -> None:
+def save_for_recording(sizes: list[int], gate: Inner, path: Path) -> None:
     """Write `gate`, inside a recording gate if there are hidden states to show. Raises CheckpointError."""
-    module, contract = gate or uniform_gate(config.expert_names, vocabulary_of(config), config.top_k)
+    module, contract = gate
     if sizes:
         wrap(module, contract, sizes, path)
     else:
         checkpoint.save(module, contract, path)
 
 
-def load_gate(config: Config, path: Path) -> Inner:
+def chosen_gate(config: Config, path: Path | None, top_k: int | None) -> Inner:
+    """The gate to record with: the checkpoint at `path`, else one that weighs all experts alike. Of each list it reads
+    `top_k`, if given. Raises CheckpointError if it does not, or is not for these experts."""
+    if path is None:
+        read = min(top_k or _TOP_K, vocabulary_size(config))
+        return uniform_gate(config.expert_names, vocabulary_of(config), read)
+    module, contract = _load_gate(config, path)
+    if top_k not in (None, contract.top_k):
+        raise CheckpointError(f"{path}: reads {contract.top_k} tokens of each expert, --top-k is {top_k}")
+    return module, contract
+
+
+def _load_gate(config: Config, path: Path) -> Inner:
     """The checkpoint at `path`. Raises CheckpointError if it is not for these experts."""
     loaded = checkpoint.load(path)
     require_fit(
@@ -64,7 +75,7 @@ def load_gate(config: Config, path: Path) -> Inner:
         path,
         experts=config.expert_names,
         vocabulary_hash=vocabulary_of(config),
-        top_k=config.top_k,
+        vocabulary_size=vocabulary_size(config),
         hidden_sizes=hidden_sizes(config),
     )
     return loaded.module, loaded.contract
@@ -86,6 +97,11 @@ def hidden_sizes(config: Config) -> list[int]:
 def vocabulary_of(config: Config) -> str:
     """The hash of the experts' vocabulary."""
     return vocabulary_hash(config.path(config.experts[0].model) / "tokenizer.json")
+
+
+def vocabulary_size(config: Config) -> int:
+    """V, as the models have it."""
+    return model_files(config)[0].vocab_size
 
 
 def fingerprints(config: Config) -> list[str]:

@@ -19,12 +19,12 @@ from server.launch.local import LocalDeployment
 from server.policy import Gate
 from server.training.recorder import (
     hidden_sizes,
-    model_files,
     recording_deployment,
     reward_of,
     save_for_recording,
     seed_of,
     to_response,
+    vocabulary_size,
 )
 from server.training.rollout import Rollout, Rollouts, Task, Texts
 
@@ -52,7 +52,7 @@ class DeployedPolicy:
         self._grader = grader
         self._texts = Texts(config)
         self._sizes = hidden_sizes(config) if "hidden" in contract.inputs else []
-        self._vocabulary_size = model_files(config)[0].vocab_size
+        self._vocabulary_size = vocabulary_size(config)
         self._prompts: dict[int, list[list[int]]] = {}
         self._loaded = 0
         self._rollouts = Rollouts(
@@ -66,7 +66,7 @@ class DeployedPolicy:
         """Sample from this gate from now on."""
         self._loaded += 1
         path = self._directory / f"gate-{self._loaded}.pt"
-        save_for_recording(self._config, self._sizes, (_on_cpu(model), self._contract), path)
+        save_for_recording(self._sizes, (_on_cpu(model), self._contract), path)
         self._deployment.load_gate(path)
         path.unlink()
 

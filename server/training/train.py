@@ -141,7 +141,6 @@ def _load(config: Config, directory: Path, *, hidden: bool) -> tuple[Manifest, R
     pairs: list[tuple[str, object, object]] = [
         ("experts", manifest.experts, config.expert_names),
         ("the vocabulary", manifest.vocabulary_hash[:12], vocabulary_of(config)[:12]),
-        ("top_k", manifest.top_k, min(config.top_k, manifest.vocabulary_size)),
     ]
     for what, recorded, here in pairs:
         if recorded != here:
@@ -167,7 +166,7 @@ def _contract(config: Config, options: TrainOptions, inputs: list[Input], manife
         format_version=FORMAT_VERSION,
         experts=config.expert_names,
         vocabulary_hash=manifest.vocabulary_hash,
-        top_k=config.top_k,
+        top_k=manifest.top_k,
         space=options.space,
         inputs=inputs,
         hidden_sizes=hidden_sizes(config) if hidden else [],

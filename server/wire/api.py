@@ -127,7 +127,8 @@ class Recorded(Message, frozen=True, tag="Recorded"):
     sequences: list[int]
     """B numbers."""
     ids: bytes
-    """int32[B, E, K]: each expert's most probable tokens, best first; -1 where it gave nothing."""
+    """int32[B, E, K]: each expert's most probable tokens, best first, as many as the gate reads; -1 where it gave
+    nothing."""
     logprobs: bytes
     """float32[B, E, K]: theirs, normalised over the whole vocabulary; -inf where it gave nothing."""
     projected: bytes

@@ -24,7 +24,6 @@ from tests.support.teacher_forcing import Texts, served
 
 REPORT = ROOT / "docs" / "benchmarks"
 SIZES = [8, 32, 128]
-MISSING = ["tail", "exact"]
 SEQUENCES = [1, 8, 32]
 TOKENS = 64
 POLICIES: dict[str, tuple[Policy, list[float], str]] = {
@@ -39,7 +38,6 @@ class Distance:
     """Total variation of one setting under one policy, over all positions. `agreement`: share of equal winners."""
 
     k: int
-    missing: str
     policy: str
     mean: float
     p95: float
@@ -49,42 +47,36 @@ class Distance:
 
 @dataclass(frozen=True)
 class Speed:
-    """Median milliseconds per decoding step: over the rounds, of the median within a run. `ratio`: median of exact over
-    tail within a round; `steal`: share of processor time taken by the host meanwhile."""
+    """Median milliseconds per decoding step: over the rounds, of the median within a run. `steal`: share of processor
+    time taken by the host meanwhile."""
 
     k: int
     sequences: int
-    tail: float
-    exact: float
-    ratio: float
+    milliseconds: float
     steal: float
 
 
 def measure(prompts: int, rounds: int) -> None:
-    """Measure over `prompts` of the held-out prompts, with `rounds` interleaved rounds of each timing; write files."""
+    """Measure over `prompts` of the held-out prompts, with `rounds` rounds of each timing; write files."""
     started = time.monotonic()
     texts = Texts(Reference([demo.model(name) for name in demo.EXPERTS]), prompts)
     print(f"{len(texts.prefixes)} positions of {prompts} prompts", flush=True)
     distances: list[Distance] = []
     speeds: list[Speed] = []
     for k in SIZES:
-        with deployment(k, "tail") as tail, deployment(k, "exact") as exact:
-            for missing, chosen in zip(MISSING, (tail, exact), strict=True):
-                distances += measure_distances(chosen, texts, k, missing)
-            speeds += measure_speeds(tail, exact, k, rounds)
+        with deployment(k) as chosen:
+            distances += measure_distances(chosen, texts, k)
+            speeds += measure_speeds(chosen, k, rounds)
         print(f"k = {k} done after {time.monotonic() - started:.0f} s", flush=True)
     write(distances, speeds, len(texts.prefixes), prompts)
 
 
-def deployment(k: int, missing: str) -> LocalDeployment:
-    return LocalDeployment(
-        parse_config(
-            demo.configuration(top_k=k, missing=missing, limits={"queue": 4096, "sequences": 64}), directory=demo.DEMO
-        )
-    )
+def deployment(k: int) -> LocalDeployment:
+    data = demo.configuration(list_length=k, limits={"queue": 4096, "sequences": 64})
+    return LocalDeployment(parse_config(data, directory=demo.DEMO))
 
 
-def measure_distances(chosen: LocalDeployment, texts: Texts, k: int, missing: str) -> list[Distance]:
+def measure_distances(chosen: LocalDeployment, texts: Texts, k: int) -> list[Distance]:
     measured = []
     for name, (policy, coefficients, space) in POLICIES.items():
         full = truncated.combine(texts.logprobs, coefficients, space).softmax(-1)
@@ -92,28 +84,17 @@ def measure_distances(chosen: LocalDeployment, texts: Texts, k: int, missing: st
         off = truncated.total_variation(found, full)
         same = (found.argmax(-1) == full.argmax(-1)).double()
         p95 = float(torch.quantile(off, 0.95))
-        measured.append(Distance(k, missing, name, float(off.mean()), p95, float(off.max()), float(same.mean())))
+        measured.append(Distance(k, name, float(off.mean()), p95, float(off.max()), float(same.mean())))
     return measured
 
 
-def measure_speeds(tail: LocalDeployment, exact: LocalDeployment, k: int, rounds: int) -> list[Speed]:
+def measure_speeds(chosen: LocalDeployment, k: int, rounds: int) -> list[Speed]:
     measured = []
     for sequences in SEQUENCES:
-        times: list[tuple[float, float]] = []
+        step_time(chosen, sequences)  # warms up
         before = cpu_times()
-        for number in range(rounds + 1):
-            pair = (step_time(tail, sequences), step_time(exact, sequences))
-            times += [pair] if number else []  # the first warms up
-        measured.append(
-            Speed(
-                k,
-                sequences,
-                statistics.median(first for first, _ in times),
-                statistics.median(second for _, second in times),
-                statistics.median(second / first for first, second in times),
-                steal(before, cpu_times()),
-            )
-        )
+        times = [step_time(chosen, sequences) for _ in range(rounds)]
+        measured.append(Speed(k, sequences, statistics.median(times), steal(before, cpu_times())))
     return measured
 
 
@@ -146,24 +127,20 @@ def markdown(distances: list[Distance], speeds: list[Speed], about: dict[str, in
         f"{about['prompts']} held-out prompts; three experts.",
         '"Same": positions at which the most probable token is the same.',
         "",
-        "| policy | k | missing | mean | 95th percentile | largest | same |",
-        "| --- | ---: | --- | ---: | ---: | ---: | ---: |",
+        "| policy | k | mean | 95th percentile | largest | same |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     lines += [
-        f"| {one.policy} | {one.k} | {one.missing} | {one.mean:.2e} | {one.p95:.2e} | {one.largest:.2e} |"
-        f" {one.agreement:.1%} |"
+        f"| {one.policy} | {one.k} | {one.mean:.2e} | {one.p95:.2e} | {one.largest:.2e} | {one.agreement:.1%} |"
         for one in sorted(distances, key=lambda one: (order.index(one.policy), one.k))
     ]
     lines += [
         "",
-        f"Milliseconds for each decoding step on {about['cores']} cores that three engines and the coordinator share,",
-        "tail and exact taking turns; medians.",
+        f"Milliseconds for each decoding step on {about['cores']} cores that three engines and the coordinator share;",
+        "medians.",
         "",
-        "| k | sequences | tail | exact | exact / tail | steal |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| k | sequences | ms | steal |",
+        "| ---: | ---: | ---: | ---: |",
     ]
-    lines += [
-        f"| {one.k} | {one.sequences} | {one.tail:.1f} | {one.exact:.1f} | {one.ratio:.2f} | {one.steal:.0%} |"
-        for one in speeds
-    ]
+    lines += [f"| {one.k} | {one.sequences} | {one.milliseconds:.1f} | {one.steal:.0%} |" for one in speeds]
     return "\n".join(lines) + "\n\nMade by `python -m tests.bench.truncation`.\n"

@@ -1,9 +1,8 @@
 """Measures what truncation costs: `python -m tests.bench.truncation [--prompts N] [--rounds N]`.
 
-For k = 8, 32 and 128, with `missing: tail` and `exact`: the total-variation distance between the distribution that
+For lists of k = 8, 32 and 128: the total-variation distance between the distribution that
 the server reports and fusion over the full vocabulary (Hugging Face transformers), at every position of the right
-answers to the demo's held-out prompts; and decoding time, the two deployments of one k taking turns. Writes JSON and
-a Markdown table to docs/benchmarks/.
+answers to the demo's held-out prompts; and decoding time. Writes JSON and a Markdown table to docs/benchmarks/.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ class TruncationOptions:
     prompts: Annotated[int, whole(1)] = 100
     """How many of the held-out prompts."""
     rounds: Annotated[int, whole(1)] = 9
-    """Interleaved rounds of each timing."""
+    """Rounds of each timing."""
 
 
 def main(arguments: list[str] | None = None) -> None:

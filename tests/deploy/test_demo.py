@@ -89,4 +89,5 @@ def test_shipped_gate_fits_the_shipped_experts():
     contract = checkpoint.load(DEMO / "gate.pt").contract
     for name in NAMES:
         found = vocabulary_hash(DEMO / "experts" / name / "tokenizer.json")
-        assert mismatches(contract, experts=list(NAMES), vocabulary_hash=found, top_k=32, hidden_sizes=[128] * 3) == []
+        deployment = {"experts": list(NAMES), "vocabulary_hash": found, "vocabulary_size": 264}
+        assert mismatches(contract, **deployment, hidden_sizes=[128] * 3) == []

@@ -39,9 +39,9 @@ def whole_gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(whole_gate: Path) -> Iterator[LocalDeployment]:
-    """Three experts, top_k the size of the vocabulary: nothing is truncated, so fusion must be exact."""
+    """Three experts, lists the size of the vocabulary: nothing is truncated, so fusion must be exact."""
     limits = {"sequences": 64, "queue": 4096}
-    data = demo.configuration(top_k=demo.VOCABULARY, gate={"file": str(whole_gate)}, limits=limits)
+    data = demo.configuration(list_length=demo.VOCABULARY, gate={"file": str(whole_gate)}, limits=limits)
     with LocalDeployment(parse_config(data, directory=demo.DEMO)) as deployment:
         yield deployment
 
@@ -49,7 +49,7 @@ def whole(whole_gate: Path) -> Iterator[LocalDeployment]:
 @pytest.fixture(scope="session")
 def cramped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalDeployment]:
     """Three experts that can hardly keep step: prompts are read 64 tokens a tick, the engine of `text` has KV cache for
-    four or five sequences, nothing is held in reserve; lists of 32 with exact look-up, and a gate with state."""
+    four or five sequences, nothing is held in reserve; lists of 32, and a gate with state."""
     gate = gates.build(
         tmp_path_factory.mktemp("gate") / "cramped.pt",
         experts=demo.EXPERTS,
@@ -57,8 +57,7 @@ def cramped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalDeploymen
         top_k=32,
     )
     data = demo.configuration(
-        top_k=32,
-        missing="exact",
+        list_length=32,
         gate={"file": str(gate)},
         limits={"sequences": 24, "queue": 4096, "kv_watermark": 0.0},
         expert={"max_model_len": 256, "max_num_batched_tokens": 64},

@@ -66,19 +66,18 @@ def whole_gate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def deployment(whole_gate: dict[str, str]) -> Iterator[LocalDeployment]:
     """Nothing is truncated, and the gate reads hidden states."""
-    data = demo.configuration(experts=EXPERTS, top_k=demo.VOCABULARY, gate=whole_gate, expert=GPU)
+    data = demo.configuration(experts=EXPERTS, list_length=demo.VOCABULARY, gate=whole_gate, expert=GPU)
     with LocalDeployment(parse_config(data, directory=demo.DEMO)) as deployment:
         yield deployment
 
 
 @pytest.fixture(scope="module")
 def crowded() -> Iterator[LocalDeployment]:
-    """Short lists with exact look-up; prompts are read 64 tokens a tick, so that experts with prompts of different
+    """Short lists; prompts are read 64 tokens a tick, so that experts with prompts of different
     lengths cannot keep step."""
     data = demo.configuration(
         experts=EXPERTS,
-        top_k=16,
-        missing="exact",
+        list_length=16,
         expert={**GPU, "max_num_batched_tokens": 64},
         limits={"sequences": 16, "queue": 64},
     )
@@ -190,7 +189,7 @@ def test_degrade_continues_without_a_lost_expert(tmp_path: Path) -> None:
     policies: dict[str, Any] = {"uniform": {}, "gate": {"rule": "gate"}}
     data = demo.configuration(
         experts=EXPERTS,
-        top_k=16,
+        list_length=16,
         on_expert_loss="degrade",
         gate=gate(tmp_path, 16),
         policies=policies,

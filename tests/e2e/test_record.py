@@ -31,7 +31,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def record(prompts: Path, output: Path, *more: str) -> int:
     config = prompts.with_name("polylogit.yaml")
-    config.write_text(yaml.safe_dump(demo.configuration(experts=EXPERTS, top_k=32)), encoding="utf-8")
+    config.write_text(yaml.safe_dump(demo.configuration(experts=EXPERTS)), encoding="utf-8")
     command = ["record", str(config), "--prompts", str(prompts), "--grader", "exact", "--answers"]
     return main(["--log-level", "error", *command, "--output", str(output), "--max-tokens", "24", *more])
 

@@ -114,9 +114,8 @@ def test_gate_for_other_experts(command: str, tmp_path: Path) -> None:
     expect_one_line(run(command, demo.configuration(gate={"file": str(gate)}), tmp_path), "gate", "experts", "poetry")
 
 
-def test_gate_for_another_top_k(command: str, gate: Path, tmp_path: Path) -> None:
-    data = demo.configuration(gate={"file": str(gate)}, top_k=16)
-    expect_one_line(run(command, data, tmp_path), "gate", "top_k", "32", "16")
+def test_a_file_of_before_lists_had_a_length(command: str, tmp_path: Path) -> None:
+    expect_one_line(run(command, demo.configuration(top_k=32), tmp_path), "no key 'top_k' any more", "list_length")
 
 
 def test_gate_with_another_digest(command: str, gate: Path, tmp_path: Path) -> None:

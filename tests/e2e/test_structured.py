@@ -50,8 +50,7 @@ ASKED: list[Any] = [{"role": "user", "content": "Add 27 and 58, then reverse sto
 def served() -> Iterator[Served]:
     """A list of 8 is shorter than what most places of a grammar allow, and longer than what others do."""
     data = demo.configuration(
-        top_k=8,
-        missing="tail",
+        list_length=8,
         tool_parser="hermes",
         expert={"max_num_batched_tokens": 64},
         only={"text": {"system_prompt": "Answer briefly. " * 12}, "chat": {"system_prompt": "Be kind."}},

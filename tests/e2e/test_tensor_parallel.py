@@ -42,7 +42,7 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
     experts = ["math", "text"]
     tokenizer = demo.model("math") / "tokenizer.json"
     gate = gates.build(tmp_path / "gate.pt", experts=experts, tokenizer=tokenizer, top_k=32)
-    common = {"experts": experts, "top_k": 32, "missing": "exact", "gate": {"file": str(gate)}}
+    common = {"experts": experts, "list_length": 32, "gate": {"file": str(gate)}}
     data = demo.configuration(**common, only={"math": {"tensor_parallel_size": 2}})
     before = set(SHARED.glob("*cpushm*"))
     with LocalDeployment(parse_config(data, directory=demo.DEMO)) as deployment:

@@ -32,7 +32,7 @@ CONTRACT = Contract(
 DEPLOYMENT = {
     "experts": ["math", "text"],
     "vocabulary_hash": "ab" * 32,
-    "top_k": 8,
+    "vocabulary_size": 8,
     "hidden_sizes": [16, 24],
 }
 
@@ -106,7 +106,6 @@ def test_no_mismatch():
     [
         ("experts", ["text", "math"]),
         ("vocabulary_hash", "cd" * 32),
-        ("top_k", 16),
         ("hidden_sizes", [16, 32]),
     ],
 )
@@ -115,6 +114,11 @@ def test_mismatches_name_the_field_and_both_values(field, found):
     assert message.startswith(f"{field}:")
     assert str(getattr(CONTRACT, field)) in message
     assert str(found) in message
+
+
+def test_a_gate_that_reads_more_than_the_vocabulary_does_not_fit():
+    [message] = mismatches(CONTRACT, **{**DEPLOYMENT, "vocabulary_size": 7})
+    assert message == "top_k: the gate reads 8 tokens of each expert, which has 7"
 
 
 def test_hidden_sizes_are_not_compared_for_a_gate_without_hidden_states():

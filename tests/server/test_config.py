@@ -38,8 +38,8 @@ def test_the_file_as_it_is_written(tmp_path):
         experts:
           - {name: a, model: models/a, cpus: [0, 1], kv_cache_memory: 64MiB, engine_args: {any_thing: {nested: 1}}}
           - {name: b, model: /models/b, device: cuda, gpus: [2, 3], tensor_parallel_size: 2, max_model_len: 4096}
-        top_k: 16
-        missing: exact
+        list_length: 16
+        tolerance: 0.01
         default_policy: sharp
         policies:
           uniform: {}
@@ -55,7 +55,7 @@ def test_the_file_as_it_is_written(tmp_path):
     assert config.expert_names == ["a", "b"]
     assert config.experts[0].cpus == [0, 1] and config.experts[0].engine_args == {"any_thing": {"nested": 1}}
     assert (config.experts[1].device, config.experts[1].gpus, config.experts[1].max_model_len) == ("cuda", [2, 3], 4096)
-    assert (config.top_k, config.missing, config.on_expert_loss) == (16, "exact", "degrade")
+    assert (config.list_length, config.tolerance, config.on_expert_loss) == (16, 0.01, "degrade")
     assert (config.limits.sequences, config.limits.tick_seconds, config.limits.queue) == (8, 2.0, 256)
     assert (config.http.port, config.http.cors_origins, config.http.host) == (0, ["*"], "127.0.0.1")
     assert config.policies == {
@@ -83,13 +83,13 @@ def test_models_offered_to_clients():
 def test_defaults():
     config = parse()
     assert config.policies == {"uniform": Uniform()}
-    assert (config.default_policy, config.missing, config.top_k, config.gate) == ("uniform", "exact", 32, None)
+    assert (config.default_policy, config.list_length, config.tolerance, config.gate) == ("uniform", 128, 1e-3, None)
 
 
 @pytest.mark.parametrize(
     ("data", "key", "nearest"),
     [
-        ({"topk": 3}, "topk", "top_k"),
+        ({"list_lenth": 3}, "list_lenth", "list_length"),
         ({"limits": {"sequence": 3}}, "limits.sequence", "sequences"),
         ({"http": {"prot": 3}}, "http.prot", "port"),
         ({"gate": {"file": "gate.pt", "sha265": "0" * 64}}, "gate.sha265", "sha256"),
@@ -99,6 +99,17 @@ def test_defaults():
 def test_an_unknown_key_is_named_with_the_nearest_known_one(data, key, nearest):
     message = problem(**data)
     assert f"unknown key {key!r}" in message and f"did you mean {nearest!r}?" in message
+
+
+@pytest.mark.parametrize(
+    ("data", "key", "instead"), [({"top_k": 32}, "top_k", "list_length"), ({"missing": "tail"}, "missing", "tolerance")]
+)
+def test_a_key_of_older_files_is_named_with_what_became_of_it(data, key, instead):
+    message = problem(**data)
+    assert (
+        f"there is no key {key!r} any more" in message and f"`{instead}`" in message and "did you mean" not in message
+    )
+    assert f"unknown key 'limits.{key}'" in problem(limits=data)
 
 
 def test_an_unknown_key_without_a_near_one_lists_the_known():
@@ -117,15 +128,15 @@ def test_the_directory_is_not_a_key():
 @pytest.mark.parametrize(
     ("data", "where"),
     [
-        ({"top_k": "many"}, "$.top_k"),
-        ({"top_k": 0}, "$.top_k"),
-        ({"top_k": True}, "$.top_k"),
+        ({"list_length": "many"}, "$.list_length"),
+        ({"list_length": 0}, "$.list_length"),
+        ({"list_length": True}, "$.list_length"),
         ({"experts": []}, "$.experts"),
         ({"experts": {"a": "models/a"}}, "$.experts"),
         ({"experts": [A, "models/b"]}, "$.experts[1]"),
         ({"experts": [{"name": "a"}]}, "model"),
         ({"name": "no spaces"}, "$.name"),
-        ({"missing": "guess"}, "$.missing"),
+        ({"tolerance": 2.0}, "$.tolerance"),
         ({"limits": {"tick_seconds": 0}}, "$.limits.tick_seconds"),
         ({"limits": {"kv_watermark": 1.0}}, "$.limits.kv_watermark"),
         ({"limits": []}, "$.limits"),

@@ -67,8 +67,8 @@ class Host(threading.Thread):
 
     def _serve(self, terms: Terms) -> None:
         self.terms.append(terms)
-        top_k = self._config.top_k
-        Worker(self._engine, self.listener, expert=self._expert, top_k=top_k, projector=None, retain=terms.exact).run()
+        length = terms.list_length
+        Worker(self._engine, self.listener, expert=self._expert, top_k=length, projector=None, retain=True).run()
 
 
 class _KillableListener(Listener):

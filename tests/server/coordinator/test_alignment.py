@@ -133,7 +133,7 @@ def test_exact_look_up_finds_parked_rows_too(tmp_path, rng, models, cache):
     engines = [
         FakeEngine(model, Behaviour(chunk=chunk, cache=cache)) for model, chunk in zip(models, (9, 14), strict=True)
     ]
-    with Deployment(tmp_path, engines, top_k=4, missing="exact") as deployment:
+    with Deployment(tmp_path, engines, list_length=4) as deployment:
         requests = [
             request(rng, tuple(rng.integers(1, 40, 2)), top_logprobs=1, stop_token_ids=[index], logit_bias={30: 1.0})
             for index in range(10)
@@ -148,9 +148,8 @@ def test_exact_look_up_finds_parked_rows_too(tmp_path, rng, models, cache):
 
 
 def test_a_sequence_gives_the_same_text_alone_and_in_a_batch(tmp_path, rng, models):
-    """With short lists and estimated tails there is no oracle; the same request must still give the same tokens."""
     engines = [FakeEngine(model, Behaviour(chunk=20)) for model in models]
-    with Deployment(tmp_path, engines, top_k=4, missing="tail") as deployment:
+    with Deployment(tmp_path, engines, list_length=4) as deployment:
         requests = [request(rng, tuple(rng.integers(1, 40, 2)), stop_token_ids=[index]) for index in range(8)]
         deployment.run(*requests)
         for each in requests:

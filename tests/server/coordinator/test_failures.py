@@ -9,6 +9,8 @@ import pytest
 import torch
 from scipy.special import softmax
 
+from gate.checkpoint import save
+from gate.training.recording_gate import uniform_gate
 from server.coordinator.gate_runner import GateRunner
 from server.policy import Contrastive, FusionRoute, Product, Select, Single, Uniform
 from server.policy import Gate as GatePolicy
@@ -17,15 +19,14 @@ from server.wire.supervisor import ExpertDown
 from tests.support.coordinator.alone import HALF, assert_alone, generate, shares
 from tests.support.coordinator.harness import Deployment
 from tests.support.coordinator.random_requests import request
-from tests.support.fake_engine import HIDDEN, Behaviour, FakeEngine, FakeModel
+from tests.support.fake_engine import HIDDEN, VOCABULARY, Behaviour, FakeEngine, FakeModel
 
 # --- an expert is lost ---
 
 
-@pytest.mark.parametrize("missing", ["tail", "exact"])
-def test_wait_goes_on_exactly_where_it_was(tmp_path, rng, models, missing):
+def test_wait_goes_on_exactly_where_it_was(tmp_path, rng, models):
     engines = [FakeEngine(models[0]), FakeEngine(models[1], Behaviour(fail_at=6))]
-    with Deployment(tmp_path, engines, on_expert_loss="wait", missing=missing) as deployment:
+    with Deployment(tmp_path, engines, on_expert_loss="wait") as deployment:
         requests = [request(rng, max_tokens=15) for _ in range(4)]
         deployment.submit(*requests)
         deployment.lose(1)
@@ -53,7 +54,7 @@ def test_no_token_is_fused_without_the_exact_probabilities_that_a_dying_expert_w
 ):
     """It dies after its fourth report, before it answers the look-up for it. What has not asked it goes on."""
     engines = [FakeEngine(models[0], Behaviour(chunk=9)), FakeEngine(models[1], Behaviour(chunk=30))]
-    settings = {"top_k": 4, "missing": "exact", "on_expert_loss": loss, "unanswered": {1: 4}}
+    settings = {"list_length": 4, "on_expert_loss": loss, "unanswered": {1: 4}}
     with Deployment(tmp_path, engines, **settings) as deployment:
         both = [request(rng, lengths, top_logprobs=1) for lengths in ((9, 9), (3, 12), (30, 8))]
         only_a = request(rng, (5, 0), Single("a"), top_logprobs=1)
@@ -233,11 +234,10 @@ def test_what_waits_while_an_engine_hangs_is_answered(tmp_path, rng, models):
 
 
 @pytest.mark.parametrize("kind", ["nan", "empty"])
-@pytest.mark.parametrize("missing", ["tail", "exact"])
-def test_unusable_rows_are_masked_and_counted(tmp_path, rng, models, kind, missing):
+def test_unusable_rows_are_masked_and_counted(tmp_path, rng, models, kind):
     """The second expert has nothing to say where its history is a multiple of four long."""
     behaviour = Behaviour(**{kind: lambda tokens: len(tokens) % 4 == 0})
-    with Deployment(tmp_path, [FakeEngine(models[0]), FakeEngine(models[1], behaviour)], missing=missing) as deployment:
+    with Deployment(tmp_path, [FakeEngine(models[0]), FakeEngine(models[1], behaviour)]) as deployment:
         requests = [
             request(rng, (7, 9), policy, stop_token_ids=[3]) for policy in (Uniform(), Product(), Uniform("prob"))
         ]
@@ -286,7 +286,7 @@ def test_where_no_expert_has_anything_to_say_the_sequence_ends(tmp_path, rng, mo
 class GateStandIn:
     """A checkpoint whose coefficients depend on everything a gate is given, and on how often it was asked before."""
 
-    contract = SimpleNamespace(space="logprob", projected_size=2, state_size=1)
+    contract = SimpleNamespace(space="logprob", top_k=VOCABULARY, projected_size=2, state_size=1)
 
     def __init__(self) -> None:
         self.trouble = ""
@@ -337,8 +337,9 @@ class BrokenEngine(FakeEngine):
 
 
 @pytest.fixture
-def gate(monkeypatch) -> GateStandIn:
+def gate(monkeypatch, tmp_path) -> GateStandIn:
     stand_in = GateStandIn()
+    save(*uniform_gate(["a", "b"], "", VOCABULARY), tmp_path / "gate.pt")  # workers read its contract
     monkeypatch.setattr("server.coordinator.process.load_gate", lambda *args, **kwargs: GateRunner(stand_in))
     monkeypatch.setattr("server.coordinator.process.vocabulary_hash", lambda path: "")
     return stand_in

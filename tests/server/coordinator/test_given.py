@@ -53,10 +53,10 @@ def test_given_tokens_have_their_fused_logprobs(tmp_path, rng, models, chunk):
         np.testing.assert_allclose(found, fused_logprobs(models, tokens), atol=1e-4)
 
 
-@pytest.mark.parametrize("top_k", [2, VOCABULARY])
-def test_what_follows_is_what_follows_the_prompt(tmp_path, rng, models, top_k):
+@pytest.mark.parametrize("length", [2, VOCABULARY])
+def test_what_follows_is_what_follows_the_prompt(tmp_path, rng, models, length):
     """Seed, penalties, stop tokens (one is among the given) and min_tokens count from the end of the given tokens."""
-    with Deployment(tmp_path, [FakeEngine(model) for model in models], top_k=top_k) as deployment:
+    with Deployment(tmp_path, [FakeEngine(model) for model in models], list_length=length) as deployment:
         whole = request(rng, (12, 12), presence_penalty=1.5, repetition_penalty=1.3, logit_bias={3: 2.0}, min_tokens=3)
         whole.prompts[1][:] = whole.prompts[0]
         whole = replace(whole, stop_token_ids=[whole.prompts[0][5]])

@@ -142,7 +142,7 @@ def test_stop_tokens_min_tokens_and_length(tmp_path, rng, models):
 
 
 def test_with_nothing_else_to_choose_a_stop_token_is_chosen_all_the_same(tmp_path, rng, models):
-    with Deployment(tmp_path, engines_of(models), top_k=1) as deployment:
+    with Deployment(tmp_path, engines_of(models), list_length=1) as deployment:
         one = request(rng, (5, 5), temperature=0.0, stop_token_ids=list(range(48)), min_tokens=3)
         deployment.run(one)
         assert deployment.ended[one.id].reason is FinishReason.STOP

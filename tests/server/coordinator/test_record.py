@@ -41,12 +41,12 @@ class Identity:
         return hidden
 
 
-def recording(path, experts, chosen, state_size=0):
+def recording(path, experts, chosen, state_size=0, top_k=VOCABULARY):
     contract = Contract(
         format_version=1,
         experts=experts,
         vocabulary_hash=vocabulary_hash(demo.model("math") / "tokenizer.json"),
-        top_k=VOCABULARY,
+        top_k=top_k,
         space="logprob",
         inputs=["topk"],
         hidden_sizes=[],
@@ -125,6 +125,31 @@ def test_a_gate_that_does_not_fit_is_not_loaded(tmp_path, rng, models):
         ):
             assert words in deployment.ask(LoadGate(str(path)), GateLoaded).problem
         deployment.run(request(rng, (9, 9), Gate(), max_tokens=4))
+
+
+def test_a_gate_may_read_more_or_less_than_the_configured_lists(tmp_path, rng, models):
+    """More: the experts list as many as it reads. Records hold what it reads."""
+    (tmp_path / "a").symlink_to(demo.model("math"))
+    for top_k in (3, 9):
+        gate = recording(tmp_path / f"{top_k}.pt", ["a", "b"], chosen=0, top_k=top_k)
+        engines = [FakeEngine(model, want_hidden=True) for model in models]
+        settings = {"gate": {"file": str(gate)}, "list_length": 6}
+        with Deployment(tmp_path, engines, projector=Identity(), **settings) as deployment:
+            one = request(rng, (9, 9), Gate(), max_tokens=4, record=True)
+            deployment.run(one)
+            for longer in (9, 10):
+                gate = recording(tmp_path / f"longer-{longer}.pt", ["a", "b"], chosen=0, top_k=longer)
+                problem = deployment.ask(LoadGate(str(gate)), GateLoaded).problem
+                assert problem == ("" if longer <= top_k else problem_of(gate, longer, max(6, top_k)))
+        for ids, logprobs, _ in rows(deployment.records, one.id):
+            assert ids.shape == logprobs.shape == (2, top_k)
+        for at, (ids, _, _) in enumerate(rows(deployment.records, one.id)):
+            wanted, _ = expect(models[1], one.prompts[1] + deployment.tokens[one.id][:at])
+            np.testing.assert_array_equal(ids[1], wanted[:top_k])
+
+
+def problem_of(gate, top_k, listed):
+    return f"gate {gate.name}: top_k is {top_k}, experts list {listed} log-probabilities"
 
 
 def test_without_a_gate_none_is_loaded(tmp_path, models):

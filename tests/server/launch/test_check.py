@@ -258,7 +258,6 @@ def test_a_gate_that_fits(folder):
         ({"experts": ["text", "math", "chat"]}, "experts"),
         ({"experts": ["math", "text", "code"]}, "experts"),
         ({"vocabulary_hash": "0" * 64}, "vocabulary_hash"),
-        ({"top_k": 16}, "top_k"),
         ({"hidden_sizes": [128, 64, 128]}, "hidden_sizes"),
     ],
 )
@@ -270,9 +269,20 @@ def test_a_gate_for_another_deployment_names_the_field(folder, changes, field):
 
 
 def test_a_gate_that_differs_in_several_ways_names_them_all(folder):
-    gate(folder, top_k=16, vocabulary_hash="0" * 64)
+    gate(folder, experts=["math", "text", "code"], vocabulary_hash="0" * 64)
     message = problem(gated(folder))
-    assert "vocabulary_hash: " in message and "; top_k: the gate expects 16, the deployment has 32" in message
+    assert "experts: the gate expects " in message and "; vocabulary_hash: " in message
+
+
+@pytest.mark.parametrize("top_k", [1, 200, 264])
+def test_a_gate_reads_lists_of_its_own_length(folder, top_k):
+    gate(folder, top_k=top_k)
+    assert lines(gated(folder))[-2].startswith("gate: fits")
+
+
+def test_a_gate_cannot_read_more_than_the_vocabulary(folder):
+    gate(folder, top_k=265)
+    assert problem(gated(folder)).endswith("top_k: the gate reads 265 tokens of each expert, which has 264")
 
 
 def test_a_gate_that_is_not_the_pinned_one(folder):

@@ -39,16 +39,16 @@ def test_the_same_files_and_configuration_agree(config):
 
 
 def test_what_the_coordinator_decides_alone_may_differ(config):
-    """`polylogit bench` uses some of the experts, no gate, another way with missing tokens."""
+    """`polylogit bench` uses some of the experts, and no gate."""
     there = facts(config, "math")
-    here = msgspec.structs.replace(config, experts=config.experts[:1], missing="tail", default_policy="math")
+    here = msgspec.structs.replace(config, experts=config.experts[:1], default_policy="math")
     assert disagreement(here, there) == ""
-    assert offer(here, "math").terms == Terms(exact=False, projection="none")
+    assert offer(here, "math").terms == Terms(128, "none")
 
 
 @pytest.mark.parametrize(
     ("change", "name"),
-    [({"top_k": 5}, "top_k"), ({"limits": {"sequences": 3}}, "limits.sequences")],
+    [({"list_length": 5}, "list_length"), ({"limits": {"sequences": 3}}, "limits.sequences")],
 )
 def test_a_configuration_that_differs_is_named(config, change, name):
     there = facts(config, "math")
@@ -86,24 +86,24 @@ def with_gate(config: Config, file: Path) -> Config:
 
 def test_a_gate_on_hidden_states_must_be_the_same_and_a_recording_gate_need_not(config, tmp_path):
     tokenizer = config.path("math") / "tokenizer.json"
-    hidden = with_gate(config, gates.build(tmp_path / "hidden.pt", experts=NAMES, tokenizer=tokenizer, top_k=32))
-    assert terms(hidden) == Terms(exact=True, projection="gate")
+    hidden = with_gate(config, gates.build(tmp_path / "hidden.pt", experts=NAMES, tokenizer=tokenizer, top_k=200))
+    assert terms(hidden) == Terms(200, "gate")
     assert disagreement(hidden, facts(hidden, "math")) == ""
     assert disagreement(hidden, facts(config, "math")).startswith("gate is none at the expert")
     assert disagreement(config, facts(hidden, "math")) == ""
     recording = tmp_path / "recording.pt"
     wrap(*uniform_gate(NAMES, "0" * 64, 32), [6, 8], recording)
     assert read_contract(recording).recording and not read_contract(tmp_path / "hidden.pt").recording
-    assert terms(with_gate(config, recording)) == Terms(exact=True, projection="raw", width=8)
+    assert terms(with_gate(config, recording)) == Terms(128, "raw", width=8)
     assert disagreement(with_gate(config, recording), facts(config, "math")) == ""
 
 
 def test_raw_hidden_states_are_padded_as_the_recording_gate_pads_them():
     import torch
 
-    raw = projector(Terms(exact=True, projection="raw", width=8), None)
+    raw = projector(Terms(128, "raw", width=8), None)
     assert raw is not None
     hidden = torch.arange(12.0).reshape(2, 6)
     found = raw.project(1, hidden)
     assert torch.equal(found, torch.cat([hidden, torch.zeros(2, 2)], dim=1))
-    assert projector(Terms(exact=False, projection="none"), None) is None
+    assert projector(Terms(128, "none"), None) is None

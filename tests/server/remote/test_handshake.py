@@ -19,7 +19,7 @@ from server.remote.agreement import Offer, Terms, Verdict
 from server.remote.handshake import greet, load_key, welcome
 
 KEY = b"k" * 32
-OFFER = Offer({"top_k": "8"}, Terms(exact=False, projection="none"))
+OFFER = Offer({"list_length": "8"}, Terms(8, "none"))
 AGREED = Verdict("", final=False)
 
 
@@ -94,11 +94,11 @@ def test_two_that_know_the_key_come_together():
 
 
 def test_a_worker_that_disagrees_says_why_to_both():
-    with worker(verdict=Verdict("top_k is 8 at the expert and 9 at the coordinator", final=True)) as talk:
-        with pytest.raises(UnreachableError, match="top_k is 8 at the expert") as raised:
+    with worker(verdict=Verdict("list_length is 8 at the expert and 9 at the coordinator", final=True)) as talk:
+        with pytest.raises(UnreachableError, match="list_length is 8 at the expert") as raised:
             greet(talk.theirs, KEY, OFFER)
         assert raised.value.final
-        assert "top_k is 8 at the expert" in str(talk.wait().error)
+        assert "list_length is 8 at the expert" in str(talk.wait().error)
 
 
 def test_another_key_is_told_nothing_but_a_number():

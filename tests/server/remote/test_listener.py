@@ -26,11 +26,11 @@ from tests.support.fake_engine import FakeEngine, FakeModel
 from tests.support.paths import DEMO
 from tests.support.two_hosts import KEY, Host, free_port, write_models
 
-FACTS = {"top_k": "8"}
+FACTS = {"list_length": "8"}
 
 
 def dialer(port: int) -> Dialer:
-    return Dialer(f"127.0.0.1:{port}", KEY, Offer(FACTS, Terms(exact=True, projection="none")))
+    return Dialer(f"127.0.0.1:{port}", KEY, Offer(FACTS, Terms(8, "none")))
 
 
 def until(condition) -> None:
@@ -49,7 +49,7 @@ def test_strangers_do_not_keep_the_coordinator_out(caplog):
         strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(15)]
         strangers[0].sendall(b"GET / HTTP/1.1\r\n\r\n")
         peer = dialer(port).dial()
-        assert listener.admit() == Terms(exact=True, projection="none")
+        assert listener.admit() == Terms(8, "none")
         for each in (peer, *strangers):
             each.close()
         until(lambda: listener.receive(0) is not None)  # Stop: it has gone
@@ -129,8 +129,8 @@ def test_check_says_of_each_expert_elsewhere_whether_it_was_reached(tmp_path):
 
     until(reached)
     until(reached)  # the worker is free again soon after
-    with pytest.raises(StartError, match=r"expert b: .*top_k is 32 at the expert and 3 at the coordinator"):
-        check_remote(config(tmp_path, port, top_k=3))
+    with pytest.raises(StartError, match=r"expert b: .*list_length is 128 at the expert and 3 at the coordinator"):
+        check_remote(config(tmp_path, port, list_length=3))
     host.listener.dismiss()
     host.join(5)
     assert not host.is_alive()

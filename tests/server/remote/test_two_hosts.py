@@ -12,7 +12,7 @@ from server.remote.dialer import Dialer
 from server.request import FinishReason
 from tests.support.coordinator.alone import HALF, assert_alone, generate, shares
 from tests.support.coordinator.random_requests import request
-from tests.support.fake_engine import Behaviour, FakeEngine, FakeModel
+from tests.support.fake_engine import VOCABULARY, Behaviour, FakeEngine, FakeModel
 from tests.support.two_hosts import KEY, TwoHosts
 
 
@@ -36,22 +36,20 @@ def dialer(deployment: TwoHosts, key: bytes = KEY, **facts_differ: str) -> Diale
     return Dialer(f"127.0.0.1:{deployment.way.port}", key, Offer(given.facts | facts_differ, given.terms))
 
 
-@pytest.mark.parametrize("missing", ["tail", "exact"])
-def test_the_text_is_the_same_as_on_one_host(tmp_path, rng, models, missing):
-    with TwoHosts(tmp_path, engines(models), missing=missing) as deployment:
+def test_the_text_is_the_same_as_on_one_host(tmp_path, rng, models):
+    with TwoHosts(tmp_path, engines(models)) as deployment:
         requests = [request(rng, max_tokens=15) for _ in range(4)]
         deployment.run(*requests)
         assert_alone(deployment, requests, [generate(each, models, HALF) for each in requests])
-        assert deployment.host.terms == [Terms(exact=missing == "exact", projection="none")]
+        assert deployment.host.terms == [Terms(VOCABULARY, "none")]
         assert deployment.notes == [""] or deployment.notes[-1] == ""
 
 
 # --- what breaks ---
 
 
-@pytest.mark.parametrize("missing", ["tail", "exact"])
-def test_a_worker_that_died_and_was_started_again_goes_on_exactly_where_it_was(tmp_path, rng, models, missing):
-    with TwoHosts(tmp_path, engines(models, fail_at=6), on_expert_loss="wait", missing=missing) as deployment:
+def test_a_worker_that_died_and_was_started_again_goes_on_exactly_where_it_was(tmp_path, rng, models):
+    with TwoHosts(tmp_path, engines(models, fail_at=6), on_expert_loss="wait") as deployment:
         requests = [request(rng, max_tokens=15) for _ in range(4)]
         deployment.submit(*requests)
         deployment.lose(1)
@@ -159,7 +157,7 @@ def test_a_second_coordinator_is_refused_while_one_is_served(tmp_path, rng, mode
     ("key", "facts_differ", "words"),
     [
         (b"x" * 32, {}, "it does not accept this host's cluster key"),
-        (KEY, {"top_k": "5"}, "top_k is 48 at the expert and 5 at the coordinator"),
+        (KEY, {"list_length": "5"}, "list_length is 48 at the expert and 5 at the coordinator"),
         (KEY, {"polylogit": "9.9"}, r"polylogit is \S+ at the expert and 9.9 at the coordinator"),
         (KEY, {"model": "other"}, r"model is \w+ at the expert and other at the coordinator"),
         (KEY, {"gate": "other"}, "gate is none at the expert and other at the coordinator"),

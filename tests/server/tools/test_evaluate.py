@@ -58,7 +58,7 @@ def replace_gate(folder: Path) -> None:
 
 def append_to_config(folder: Path) -> None:
     with (folder / "config.yaml").open("a") as file:
-        file.write("top_k: 4\n")
+        file.write("list_length: 4\n")
 
 
 def nothing(folder: Path) -> None:

@@ -31,7 +31,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def write_config(path: Path, **changes: Any) -> Path:
-    data = demo.configuration(**{"experts": EXPERTS, "top_k": TOP_K, **changes})
+    data = demo.configuration(**{"experts": EXPERTS, **changes})
     path.write_text(yaml.safe_dump(data), encoding="utf-8")
     return path
 
@@ -186,7 +186,6 @@ def edit_manifest(records: Path, **changes: Any) -> None:
             "experts in the records: ['math', 'chat'], in the deployment: ['math', 'text']",
         ),
         ({"vocabulary_hash": "ab" * 32}, "the vocabulary in the records: abababababab"),
-        ({"top_k": 16}, "top_k in the records: 16, in the deployment: 8"),
         ({"models": ["00", "11"]}, "expert math has changed since the recording"),
         ({"hidden_sizes": []}, "recorded without hidden states"),
         ({"format_version": 7}, "format version 7"),

@@ -15,23 +15,19 @@ from tests.support.coordinator.random_requests import request
 from tests.support.fake_engine import Behaviour, FakeEngine, FakeModel
 
 
-def compiled_in_ticks(directory: Path) -> dict[str, list[str]]:
-    """`missing` -> the functions that were compiled, for some types, while a deployment with all kinds of requests ran,
-    after the warm-up. To be called in a process of its own."""
+def compiled_in_ticks(directory: Path) -> list[str]:
+    """The functions that were compiled, for some types, while a deployment with all kinds of requests ran, after the
+    warm-up. To be called in a process of its own."""
     warm_up()
-    found = {}
-    for missing in ("tail", "exact"):
-        before = _compiled()
-        _run(directory / missing, missing)
-        found[missing] = sorted({name for name, _ in _compiled() - before})
-    return found
+    before = _compiled()
+    _run(directory)
+    return sorted({name for name, _ in _compiled() - before})
 
 
-def _run(directory: Path, missing: str) -> None:
-    directory.mkdir()
+def _run(directory: Path) -> None:
     rng = np.random.default_rng(0)
     engines = [FakeEngine(FakeModel(0), Behaviour(chunk=5)), FakeEngine(FakeModel(1))]
-    with Deployment(directory, engines, missing=missing, top_k=5) as deployment:
+    with Deployment(directory, engines, list_length=5) as deployment:
         mixed = Weights({"a": 0.7, "b": 0.3}, space="prob")
         deployment.run(
             *(request(rng, policy=policy) for policy in (Uniform(), mixed, Select("entropy"), Contrastive("a", "b"))),

@@ -20,6 +20,7 @@ from server.coordinator.warmup import warm_up
 from server.errors import EngineError
 from server.expert.worker import Projector, Worker
 from server.placement import expert_socket
+from server.remote.agreement import list_length
 from server.request import SequenceRequest
 from server.wire.api import (
     Abort,
@@ -79,7 +80,7 @@ class Deployment:
             "experts": [
                 {"name": name, "model": name, **(expert or {}).get(index, {})} for index, name in enumerate(names)
             ],
-            "top_k": VOCABULARY,
+            "list_length": VOCABULARY,
             "limits": limits,
             **settings,
         }
@@ -311,9 +312,9 @@ class _WorkerThread(threading.Thread):
             self._engine,
             channel,
             expert=self._expert,
-            top_k=self._config.top_k,
+            top_k=list_length(self._config),
             projector=self._projector,
-            retain=self._config.missing == "exact",
+            retain=True,
         )
         try:
             worker.run()

@@ -1,8 +1,7 @@
 """Fusion of truncated distributions, written from its definition. Imports nothing of the project.
 
-Candidates are the union of the experts' k most probable tokens. What an expert says of a candidate outside its own k is
-either known ("exact") or estimated ("tail"): log of min(its k-th probability, its residual mass / its unseen tokens).
-The result is normalised over the candidates. Letters: N rows, E experts, V vocabulary.
+Candidates are the union of the experts' k most probable tokens. The result is normalised over the candidates.
+Letters: N rows, E experts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,13 +10,12 @@ import torch
 from torch import Tensor
 
 
-def fuse(logprobs: Tensor, k: int, missing: str, coefficients: list[float], space: str) -> Tensor:
+def fuse(logprobs: Tensor, k: int, coefficients: list[float], space: str) -> Tensor:
     """Probabilities float64[N, V] of fusing `logprobs` float64[N, E, V]; 0 for tokens that are no candidates."""
     best = logprobs.topk(k, dim=-1)
     listed = torch.zeros_like(logprobs, dtype=torch.bool).scatter(-1, best.indices, True)
-    values = logprobs if missing == "exact" else torch.where(listed, logprobs, _tail(logprobs, best.values))
     candidates = listed.any(1)
-    scores = combine(values, coefficients, space).masked_fill(~candidates, -torch.inf)
+    scores = combine(logprobs, coefficients, space).masked_fill(~candidates, -torch.inf)
     return scores.softmax(-1)
 
 
@@ -32,10 +30,3 @@ def combine(logprobs: Tensor, coefficients: list[float], space: str) -> Tensor:
 def total_variation(left: Tensor, right: Tensor) -> Tensor:
     """Half the sum of absolute differences: float64[N] of [N, V]."""
     return (left - right).abs().sum(-1) / 2
-
-
-def _tail(logprobs: Tensor, best: Tensor) -> Tensor:
-    """float64[N, E, 1]: each expert's estimate for tokens outside its list."""
-    unseen = logprobs.shape[-1] - best.shape[-1]
-    residual = (1 - best.exp().sum(-1, keepdim=True)).clamp(min=1e-9)  # what float32 can tell from 0
-    return torch.minimum(best[..., -1:], (residual / unseen).log())
