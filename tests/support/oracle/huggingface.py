@@ -37,6 +37,8 @@ class Decision:
 
 
 Rule = Callable[[Views], Decision]
+Pick = Callable[[Tensor], Tensor]
+"""Fused log-probabilities float64[B, V] in, a token int64[B] for each row out."""
 
 
 @dataclass
@@ -48,6 +50,11 @@ class Decoded:
     logprobs: Tensor
     coefficients: Tensor
     slack: Tensor
+
+
+def greedy(logprobs: Tensor) -> Tensor:
+    """The most probable token of each row."""
+    return logprobs.argmax(-1)
 
 
 class Reference:
@@ -63,14 +70,14 @@ class Reference:
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
 
     @torch.inference_mode()
-    def decode(self, prompts: list[list[list[int]]], rule: Rule, length: int) -> Decoded:
-        """Greedy decoding of `length` tokens; `prompts[b][e]` is row b's prompt for expert e."""
+    def decode(self, prompts: list[list[list[int]]], rule: Rule, length: int, pick: Pick = greedy) -> Decoded:
+        """Decode `length` tokens; `prompts[b][e]` is row b's prompt for expert e."""
         readers = [_Reader(model, [row[index] for row in prompts]) for index, model in enumerate(self.models)]
         steps: list[tuple[Tensor, Decision]] = []
         for _ in range(length):
             views = Views(torch.stack([reader.logprobs for reader in readers], 1), [r.hidden for r in readers])
             decision = rule(views)
-            token = decision.logprobs.argmax(-1)
+            token = pick(decision.logprobs)
             steps.append((token, decision))
             for reader in readers:
                 reader.read(token)
