@@ -1,8 +1,9 @@
 """Records in memory: what every expert showed at every token of graded responses, and each response's reward, as
 tensors to learn from. On disk they are the shards of `gate.training.records`.
 
-Flat tensors over tokens, in the half precision of the records: N tokens take about N * (6 E K + 2 sum(H_i)) bytes, and
-loading takes no more than that and one shard. Knows nothing of models, of gates or of how responses were made.
+Flat tensors over tokens, in the half precision of the records: N tokens take about N * (6 E K + 8 E + 2 sum(H_i))
+bytes, and loading takes no more than that and one shard. Knows nothing of models, of gates or of how responses were
+made.
 """
 
 import json
@@ -14,7 +15,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gate.training.records import Manifest, RecordError, Response, open_shard, read_manifest, shards, tensors_sha256
+from gate.training.records import (
+    Manifest,
+    RecordError,
+    Response,
+    SampledBy,
+    open_shard,
+    read_manifest,
+    shards,
+    tensors_sha256,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The law that sampled N tokens."""
+
+    coefficients: Tensor
+    """float32 [N, E]: what was fused with."""
+    log_normaliser: Tensor
+    """float32 [N]: log of the sum of exp(score / temperature) over the vocabulary, at the samples' temperature."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +47,22 @@ class Records:
     """float16 [N, E, K], best first, before the token was chosen."""
     topk_ids: Tensor
     """int32 [N, E, K]; -1 where an expert gave nothing."""
+    rest: Tensor
+    """float32 [N, E], log of the probability that each list leaves."""
     hidden: list[Tensor]
     """E times float16 [N, H_i], what enters each expert's output layer; empty where left out."""
     tokens: Tensor
     """int32 [N], the response's token at this position."""
+    token_logprobs: Tensor
+    """float32 [N, E], each expert's of that token, also of one that it did not list."""
     lengths: Tensor
     """int64 [R], tokens of each response, end token included."""
     rewards: Tensor
     """float32 [R], 0 to 1, of all of a response: nothing says which of its tokens was right."""
     prompts: list[str]
     """[R], ids."""
+    served: Served | None = None
+    """What sampled them, of responses that were just made for it."""
 
     @property
     def experts(self) -> int:
@@ -52,10 +78,14 @@ class Records:
             vocabulary_size=self.vocabulary_size,
             topk_logprobs=self.topk_logprobs[rows].to(device).float(),
             topk_ids=self.topk_ids[rows].to(device).long(),
+            rest=self.rest[rows].to(device),
             hidden=[hidden[rows].to(device).float() for hidden in self.hidden],
             tokens=self.tokens[rows].to(device).long(),
+            token_logprobs=self.token_logprobs[rows].to(device),
             rewards=self.rewards[chosen].to(device),
             mask=mask.to(device),
+            served=self.served
+            and Served(self.served.coefficients[rows].to(device), self.served.log_normaliser[rows].to(device)),
         )
 
 
@@ -69,14 +99,20 @@ class Batch:
     """float32 [M, E, K]."""
     topk_ids: Tensor
     """int64 [M, E, K]."""
+    rest: Tensor
+    """float32 [M, E]."""
     hidden: list[Tensor]
     """E times float32 [M, H_i], or empty."""
     tokens: Tensor
     """int64 [M]."""
+    token_logprobs: Tensor
+    """float32 [M, E]."""
     rewards: Tensor
     """float32 [B]."""
     mask: Tensor
     """bool [B, T], where the M tokens are."""
+    served: Served | None = None
+    """What sampled them, if that is known: [M]."""
 
 
 def load(directory: Path, *, hidden: bool) -> tuple[Manifest, Records]:
@@ -104,13 +140,27 @@ def from_responses(vocabulary_size: int, responses: list[Response]) -> Records:
         vocabulary_size=vocabulary_size,
         topk_logprobs=joined([each.topk_logprobs for each in responses], np.float16),
         topk_ids=joined([each.topk_ids for each in responses], np.int32),
+        rest=joined([each.rest for each in responses], np.float32),
         hidden=[
             joined([each.hidden[index] for each in responses], np.float16) for index in range(len(responses[0].hidden))
         ],
         tokens=joined([each.tokens for each in responses], np.int32),
+        token_logprobs=joined([each.token_logprobs for each in responses], np.float32),
         lengths=torch.tensor([len(each.tokens) for each in responses]),
         rewards=torch.tensor([each.reward for each in responses], dtype=torch.float32),
         prompts=[each.prompt_id for each in responses],
+        served=_served([each.law for each in responses]),
+    )
+
+
+def _served(laws: list[SampledBy | None]) -> Served | None:
+    """What sampled all of them, if that is known of all."""
+    known = [law for law in laws if law is not None]
+    if len(known) < len(laws):
+        return None
+    return Served(
+        torch.from_numpy(np.concatenate([law.coefficients for law in known]).astype(np.float32)),
+        torch.from_numpy(np.concatenate([law.log_normaliser for law in known]).astype(np.float32)),
     )
 
 
@@ -122,6 +172,8 @@ class _Filling:
         self._tensors = {
             "topk_logprobs": torch.empty(listed, dtype=torch.float16),
             "topk_ids": torch.empty(listed, dtype=torch.int32),
+            "rest": torch.empty(listed[:2], dtype=torch.float32),
+            "token_logprobs": torch.empty(listed[:2], dtype=torch.float32),
             "tokens": torch.empty(tokens, dtype=torch.int32),
             "lengths": torch.empty(responses, dtype=torch.int64),
             "rewards": torch.empty(responses, dtype=torch.float32),
@@ -159,8 +211,10 @@ class _Filling:
             vocabulary_size=self._manifest.vocabulary_size,
             topk_logprobs=tensors["topk_logprobs"],
             topk_ids=tensors["topk_ids"],
+            rest=tensors["rest"],
             hidden=[tensors[name] for name in tensors if name.startswith("hidden.")],
             tokens=tensors["tokens"],
+            token_logprobs=tensors["token_logprobs"],
             lengths=tensors["lengths"],
             rewards=tensors["rewards"],
             prompts=self._prompts,

@@ -4,12 +4,14 @@ Neither objective sees a token label: only the correctness of a whole response. 
 models' weights or of how responses were made.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from gate.fuse import candidates, fuse, token_slots
+from gate.fuse import Calibration, Candidates, calibrate, candidates, fuse
 from gate.model import GateModel
-from gate.training.dataset import Batch
+from gate.training.dataset import Batch, Served
 
 
 def gate_coefficients(model: GateModel, batch: Batch) -> Tensor:
@@ -35,17 +37,52 @@ def _states(memory: torch.nn.GRUCell, seen: Tensor, mask: Tensor) -> Tensor:
     return torch.stack(along, dim=1)[mask]
 
 
-def token_logprobs(model: GateModel, space: str, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probability of every token as sampled from the fusion at `temperature` ([B, T], mask [B, T]). Tokens that no
-    expert lists, and those that the fusion finds impossible, are masked out, and 0."""
-    union = candidates(batch.topk_logprobs, batch.topk_ids, batch.vocabulary_size)
-    slots, listed = token_slots(union, batch.tokens)
-    fused = fuse(gate_coefficients(model, batch), union, space, temperature)
-    found = fused.gather(1, slots.unsqueeze(1)).squeeze(1)
-    counts = listed & ~found.isneginf()
-    found = found.masked_fill(~counts, 0.0)
-    logprobs = found.new_zeros(batch.mask.shape).masked_scatter(batch.mask, found)
-    return logprobs, torch.zeros_like(batch.mask).masked_scatter(batch.mask, counts)
+@dataclass(frozen=True, slots=True)
+class Law:
+    """What gives the tokens of a batch log-probabilities, for any coefficients."""
+
+    mask: Tensor
+    """bool [B, T], where the batch's M tokens are."""
+    union: Candidates
+    """What the experts show at each of them."""
+    space: str
+    """What the coefficients weigh."""
+    temperature: float = 1.0
+    """At which tokens are sampled."""
+    calibration: Calibration | None = None
+    """What makes it the law that sampled the tokens."""
+
+    def token_logprobs(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of every token by coefficients [M, E] ([B, T], mask [B, T]). Tokens that the fusion finds
+        impossible are masked out, and 0."""
+        fused = fuse(coefficients, self.union, self.space, self.temperature, self.calibration)
+        found = fused.gather(1, self.union.token_slot.unsqueeze(1)).squeeze(1)
+        counts = ~found.isneginf()
+        found = found.masked_fill(~counts, 0.0)
+        logprobs = found.new_zeros(self.mask.shape).masked_scatter(self.mask, found)
+        return logprobs, torch.zeros_like(self.mask).masked_scatter(self.mask, counts)
+
+
+def law_of(batch: Batch, space: str) -> Law:
+    """The fused distribution itself."""
+    return Law(batch.mask, _candidates(batch), space)
+
+
+def served_law(batch: Batch, served: Served, space: str, temperature: float) -> Law:
+    """The law that sampled a batch: at the coefficients of then, log-probabilities are those of then."""
+    union = _candidates(batch)
+    calibration = calibrate(served.coefficients, union, space, temperature, served.log_normaliser)
+    return Law(batch.mask, union, space, temperature, calibration)
+
+
+def _candidates(batch: Batch) -> Candidates:
+    lists = (batch.topk_logprobs, batch.topk_ids, batch.rest)
+    return candidates(*lists, batch.tokens, batch.token_logprobs, batch.vocabulary_size)
+
+
+def token_logprobs(model: GateModel, space: str, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Log-probability of every token of a batch under a gate's fusion ([B, T], mask [B, T]); see `Law`."""
+    return law_of(batch, space).token_logprobs(gate_coefficients(model, batch))
 
 
 def broadcast_loss(logprobs: Tensor, mask: Tensor, rewards: Tensor, negative_weight: float) -> Tensor:

@@ -3,8 +3,10 @@
     manifest.json           what was recorded, over which experts (`Manifest`)
     shard-00000.safetensors R responses with N tokens in all, one response after the other:
         topk_ids int32[N, E, K], topk_logprobs float16[N, E, K] (best first, over the whole vocabulary, before the token
-        was chosen; -1 and -inf where an expert gave nothing), hidden.i float16[N, H_i] (what enters expert i's output
-        layer), tokens int32[N] (the response's own), lengths int32[R], rewards float32[R] (of whole responses, 0..1),
+        was chosen; -1 and -inf where an expert gave nothing), rest float32[N, E] (log of the probability that each list
+        leaves), hidden.i float16[N, H_i] (what enters expert i's output layer), tokens int32[N] (the response's own),
+        token_logprobs float32[N, E] (each expert's of that token), lengths int32[R], rewards float32[R] (of whole
+        responses, 0..1),
         tasks int64[R] (which planned response it is), prompts int32[R] (line of the prompts file), sources int32[R]
         (index into the manifest's), temperatures float32[R]. The header holds the prompts' ids, a digest of the tensors
         and the manifest's sha256, so that no shard passes for another recording's.
@@ -33,13 +35,16 @@ from safetensors.numpy import save as encode
 from gate.errors import GateError
 from gate.files import sha256_file, write_whole
 
-FORMAT_VERSION = 3
-"""1 had no sha256 of the manifest in its shards; the fingerprints of 2 saw only the ends of files of weights."""
+FORMAT_VERSION = 4
+"""1 had no sha256 of the manifest in its shards; the fingerprints of 2 saw only the ends of files of weights; 3 had
+nothing of tokens outside the lists."""
 MANIFEST = "manifest.json"
 SHARD_BYTES = 64 << 20
 SHARD_SECONDS = 60.0
 """A shard is closed at the latest after so many seconds: no more than that is lost when the power fails."""
 _HALF = float(np.finfo(np.float16).max)
+_NO_MASS = 1e-9
+"""What float32 cannot tell from 0 beside 1."""
 
 Array = npt.NDArray[Any]
 
@@ -76,6 +81,16 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @dataclass(frozen=True, slots=True)
+class SampledBy:
+    """The law that sampled a response of T tokens."""
+
+    coefficients: Array
+    """float32 [T, E], what was fused with."""
+    log_normaliser: Array
+    """float32 [T], log of the sum of exp(score / temperature) over the vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
 class Response:
     """One graded response of T tokens."""
 
@@ -99,11 +114,23 @@ class Response:
     """float32 [T, E, K], over the whole vocabulary, before the token was chosen; -inf where an expert gave nothing."""
     hidden: list[Array]
     """E times float [T, H_i], what enters each expert's output layer; empty where left out."""
+    token_logprobs: Array
+    """float32 [T, E], each expert's of the response's token, over the whole vocabulary; -inf where it gave nothing."""
+    law: SampledBy | None = None
+    """What sampled it, where a gate learns from that at once; not kept in files."""
 
     @property
     def nbytes(self) -> int:
         """About what it takes in a shard."""
-        return self.topk_ids.nbytes + self.topk_logprobs.nbytes // 2 + 2 * sum(part.size for part in self.hidden)
+        lists = self.topk_ids.nbytes + self.topk_logprobs.nbytes // 2
+        return lists + 2 * self.token_logprobs.nbytes + 2 * sum(part.size for part in self.hidden)
+
+    @property
+    def rest(self) -> Array:
+        """float32 [T, E], log of the probability that each list leaves. In half precision it would be noise."""
+        listed = np.exp(self.topk_logprobs, dtype=np.float64).sum(-1)
+        rest: Array = np.log(np.maximum(1 - listed, _NO_MASS)).astype(np.float32)
+        return rest
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -116,7 +143,8 @@ def read_manifest(directory: Path) -> Manifest:
     except (OSError, msgspec.DecodeError) as error:
         raise RecordError(f"{path}: {error}") from None
     if manifest.format_version != FORMAT_VERSION:
-        raise RecordError(f"{path}: format version {manifest.format_version}, this program reads {FORMAT_VERSION}")
+        versions = f"format version {manifest.format_version}, this program reads {FORMAT_VERSION}"
+        raise RecordError(f"{path}: {versions}; record again")
     return manifest
 
 
@@ -241,7 +269,9 @@ def _tensors(responses: list[Response]) -> dict[str, Array]:
     tensors: dict[str, Array] = {
         "topk_ids": np.concatenate([each.topk_ids for each in responses]).astype(np.int32),
         "topk_logprobs": np.concatenate([each.topk_logprobs for each in responses]).astype(np.float16),
+        "rest": np.concatenate([each.rest for each in responses]),
         "tokens": np.concatenate([each.tokens for each in responses]).astype(np.int32),
+        "token_logprobs": np.concatenate([each.token_logprobs for each in responses]).astype(np.float32),
         "lengths": np.array([len(each.tokens) for each in responses], np.int32),
         "rewards": column("reward", np.float32),
         "tasks": column("task", np.int64),

@@ -18,8 +18,15 @@ from gate.contract import Contract
 from gate.model import GateModel
 from gate.training.curves import Point
 from gate.training.dataset import Batch, Records
-from gate.training.fit import FitProgress, finite
-from gate.training.objective import clipped_policy_loss, divergence, group_advantages, token_logprobs
+from gate.training.fit import FitProgress, TrainingError, finite
+from gate.training.objective import (
+    Law,
+    clipped_policy_loss,
+    divergence,
+    gate_coefficients,
+    group_advantages,
+    served_law,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +62,8 @@ class Policy(Protocol):
         """Sample from this gate from now on."""
 
     def sample(self, prompts: list[int], copies: int, *, temperature: float, seed: int) -> Records:
-        """Graded responses, `copies` for each prompt, one prompt after the other."""
+        """Graded responses, `copies` for each prompt, one prompt after the other. Those that were sampled (the
+        temperature is not 0) come with the law that sampled them."""
 
 
 def refine(
@@ -121,12 +129,15 @@ def update(
     device = next(model.parameters()).device
     batch = made.batch(useful, device)
     gains = advantages[useful].to(device)
+    if batch.served is None:
+        raise TrainingError("samples without the law that sampled them")
+    law = served_law(batch, batch.served, space, settings.temperature)
     with torch.no_grad():
-        old, mask = token_logprobs(model, space, batch, settings.temperature)
-        first, _ = token_logprobs(start, space, batch, settings.temperature)
+        old, mask = law.token_logprobs(batch.served.coefficients)
+        first, _ = law.token_logprobs(gate_coefficients(start, batch))
         away = float(divergence(old, first, mask))
     for _ in range(settings.epochs):
-        loss = _loss(model, space, batch, old, first, gains, settings)
+        loss = _loss(model, law, batch, old, first, gains, settings)
         finite(loss.item(), "a refinement's loss")
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -136,8 +147,8 @@ def update(
 
 
 def _loss(
-    model: GateModel, space: str, batch: Batch, old: Tensor, first: Tensor, gains: Tensor, settings: Refinement
+    model: GateModel, law: Law, batch: Batch, old: Tensor, first: Tensor, gains: Tensor, settings: Refinement
 ) -> Tensor:
-    now, mask = token_logprobs(model, space, batch, settings.temperature)
+    now, mask = law.token_logprobs(gate_coefficients(model, batch))
     loss = clipped_policy_loss(now, old, mask, gains, settings.clip)
     return loss + settings.divergence_weight * divergence(now, first, mask)

@@ -89,6 +89,12 @@ class Fused:
     sources: Sources
     """What all this was made from."""
 
+    table: CandidateTable
+    """What each expert says of the candidates."""
+
+    prob_space: Bool
+    """[B]: fused as sum c_i p_i."""
+
     read: int
     """Of each list the gate reads so many, and records keep as many; without a gate all."""
 
@@ -139,6 +145,8 @@ class Fuser:
             sources=Sources(
                 rows.ids, rows.logprobs, rows.expected, rows.available, rows.found, prob_space, self._vocabulary
             ),
+            table=known,
+            prob_space=prob_space,
             read=rows.ids.shape[2] if self._gate is None else self._gate.top_k,
         )
 

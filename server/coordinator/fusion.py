@@ -155,7 +155,7 @@ def combine(
     A candidate that an expert with a negative coefficient did not list has no upper bound, so it is masked; but where
     that leaves nothing, the estimates have to do.
 
-    A gate learns through the same definition in torch, `gate.fuse`; a property test holds the two together.
+    A gate learns through the same definition in torch, `gate.fuse`.
     """
     mask = table.ids >= 0 if allowed is None else (table.ids >= 0) & allowed
     return _combine(values, table.listed, mask, coefficients, prob_space)

@@ -65,7 +65,7 @@ def sample(table: SequenceTable, fused: Fused) -> Sampled:
         sequences=sequences,
         detailed=[(int(row), int(table.top_logprobs[slots[row]])) for row in np.flatnonzero(table.detailed[slots])],
         cached={int(sequences[row]): table.cached_tokens(slots[row]) for row in np.flatnonzero(positions == 0)},
-        record=_record(table, fused, sequences),
+        record=_record(table, fused, sequences, columns),
     )
 
 
@@ -90,7 +90,7 @@ def _adjusted_scores(table: SequenceTable, fused: Fused) -> Float32:
     return scores
 
 
-def _record(table: SequenceTable, fused: Fused, sequences: Int64) -> Recorded | None:
+def _record(table: SequenceTable, fused: Fused, sequences: Int64, columns: Int64) -> Recorded | None:
     """What the experts showed for the sequences that asked; those that get no token are left out."""
     recorded = table.recorded[fused.slots]
     if not recorded.any():
@@ -101,4 +101,19 @@ def _record(table: SequenceTable, fused: Fused, sequences: Int64) -> Recorded | 
         fused.sources.ids[rows, :, : fused.read].tobytes(),
         fused.sources.logprobs[rows, :, : fused.read].tobytes(),
         table.rows.projected[fused.slots[rows]].tobytes(),
+        token_logprobs=fused.table.logprobs[rows, :, columns[rows]].tobytes(),
+        log_normaliser=np.array(
+            [_log_normaliser(table, fused, row, columns[row]) for row in rows], np.float32
+        ).tobytes(),
     )
+
+
+def _log_normaliser(table: SequenceTable, fused: Fused, row: int, column: int) -> float:
+    """Of the scores of the candidates, at the temperature that a row samples at."""
+    temperature = float(table.rules.temperature[fused.slots[row]]) or 1.0
+    logprobs = fused.logprobs[row].astype(np.float64)
+    weights, said = fused.coefficients[row], fused.table.logprobs[row, :, column]
+    counts = weights != 0
+    score = np.log(weights @ np.exp(said)) if fused.prob_space[row] else weights[counts] @ said[counts]
+    moved = float(score - logprobs[column]) / temperature
+    return float(np.log(np.exp(logprobs / temperature).sum()) + moved)

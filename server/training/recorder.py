@@ -143,4 +143,6 @@ def to_response(rollout: Rollout, row: int, name: str, source: int, reward: floa
         topk_ids=rollout.ids,
         topk_logprobs=rollout.logprobs,
         hidden=[rollout.projected[:, index, :size] for index, size in enumerate(sizes)],
+        token_logprobs=rollout.token_logprobs,
+        law=rollout.law,
     )

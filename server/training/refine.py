@@ -73,7 +73,7 @@ class DeployedPolicy:
     def sample(self, prompts: list[int], copies: int, *, temperature: float, seed: int) -> Records:
         """Graded responses, `copies` for each prompt, one prompt after the other."""
         tasks = [
-            Task(number, self._rendered(prompt), Gate(), temperature, seed_of(seed, number))
+            Task(number, self._rendered(prompt), Gate(), temperature, seed_of(seed, number), keep_law=temperature > 0)
             for number, prompt in enumerate(prompt for prompt in prompts for _ in range(copies))
         ]
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from pydantic import ValidationError
 
 from gate.evaluation.prompts import Question
+from gate.training.records import SampledBy
 from server.config import Config
 from server.errors import BadRequest, EngineError, StartError
 from server.launch.local import LocalDeployment
@@ -47,6 +48,8 @@ class Task:
     """Of the sampling."""
     given: list[int] = field(default_factory=list)
     """If any, the response is these tokens, and is only scored."""
+    keep_law: bool = False
+    """What samples each token is kept, too: its normaliser is known within the configured tolerance then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,10 @@ class Rollout:
     """float32 [T, E, K], best first."""
     projected: Array
     """float16 [T, E, d], the experts' hidden states, padded to the widest, under a recording gate; d is 0 without."""
+    token_logprobs: Array
+    """float32 [T, E], each expert's of the response's token."""
+    law: SampledBy | None
+    """What sampled it, if the task wanted to know."""
     finished: bool
     """It ended by itself, or was given."""
 
@@ -157,6 +164,7 @@ class Rollouts:
             stop_token_ids=[] if task.given else self._stop_token_ids,
             given=task.given,
             record=True,
+            top_logprobs=0 if task.keep_law else None,
         )
 
     def _receive(self) -> list[Ended]:
@@ -167,9 +175,11 @@ class Rollouts:
                 self._deployment.check()
             case Recorded():
                 self._note(message)
-            case Progress(sequences=sequences, tokens=tokens):
+            case Progress(sequences=sequences, tokens=tokens, details=details):
                 for sequence, token in zip(sequences, tokens, strict=True):
                     self._running[sequence].tokens.append(token)
+                for sequence, detail in details.items():
+                    self._running[sequence].coefficients.append(detail.coefficients)
             case Ended():
                 return [message]
         return []
@@ -181,11 +191,15 @@ class Rollouts:
         ids = np.frombuffer(record.ids, np.int32).reshape(rows, experts, -1)
         logprobs = np.frombuffer(record.logprobs, np.float32).reshape(rows, experts, -1)
         projected = _half(np.frombuffer(record.projected, np.float32)).reshape(rows, experts, -1)
+        token_logprobs = np.frombuffer(record.token_logprobs, np.float32).reshape(rows, experts)
+        log_normaliser = np.frombuffer(record.log_normaliser, np.float32).tolist()
         for row, sequence in enumerate(record.sequences):
             growing = self._running[sequence]
             growing.ids.append(ids[row].copy())
             growing.logprobs.append(logprobs[row].copy())
             growing.projected.append(projected[row].copy())
+            growing.token_logprobs.append(token_logprobs[row].copy())
+            growing.log_normaliser.append(log_normaliser[row])
 
     def _rollout(self, ended: Ended) -> Rollout:
         growing = self._running.pop(ended.sequence)
@@ -197,6 +211,8 @@ class Rollouts:
             np.stack(growing.ids),
             np.stack(growing.logprobs),
             np.stack(growing.projected),
+            np.stack(growing.token_logprobs),
+            growing.law() if growing.task.keep_law else None,
             finished=bool(growing.task.given) or ended.reason is FinishReason.STOP,
         )
 
@@ -210,6 +226,12 @@ class _Growing:
     ids: list[Array] = field(default_factory=list)
     logprobs: list[Array] = field(default_factory=list)
     projected: list[Array] = field(default_factory=list)
+    token_logprobs: list[Array] = field(default_factory=list)
+    log_normaliser: list[float] = field(default_factory=list)
+    coefficients: list[list[float]] = field(default_factory=list)
+
+    def law(self) -> SampledBy:
+        return SampledBy(np.array(self.coefficients, np.float32), np.array(self.log_normaliser, np.float32))
 
 
 def _half(values: Array) -> Array:

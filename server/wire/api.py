@@ -133,6 +133,13 @@ class Recorded(Message, frozen=True, tag="Recorded"):
     """float32[B, E, K]: theirs, normalised over the whole vocabulary; -inf where it gave nothing."""
     projected: bytes
     """float32[B, E, d]: what the gate's projections made of the hidden states; "" without a gate that reads them."""
+    token_logprobs: bytes
+    """float32[B, E]: each expert's log-probability of the chosen token, over the whole vocabulary; -inf where it gave
+    nothing."""
+    log_normaliser: bytes
+    """float32[B]: log of the sum of exp(score / temperature) over the vocabulary, of the fused scores sum c_i log p_i
+    or log sum c_i p_i, at the temperature that the sequence samples at (1 if it is greedy). Where log-probabilities
+    were asked for, within the tolerance; else the middle of what the lists allow."""
 
 
 class GateLoaded(Message, frozen=True, tag="GateLoaded"):

@@ -19,6 +19,7 @@ from tests.support.oracle.huggingface import Reference
 
 PROMPTS = 6
 EXPERTS = ["math", "chat"]
+PARTS = ["tokens", "topk_ids", "topk_logprobs", "rest", "token_logprobs"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def responses(directory: Path) -> dict[int, dict[str, Any]]:
                 "reward": float(arrays["rewards"][row]),
                 **{
                     name: arrays[name][end - length : end]
-                    for name in ("tokens", "topk_ids", "topk_logprobs", *(f"hidden.{i}" for i in range(len(EXPERTS))))
+                    for name in (*PARTS, *(f"hidden.{i}" for i in range(len(EXPERTS))))
                 },
             }
     return found
@@ -111,6 +112,11 @@ def check_against(reference: Reference, row: dict[str, Any], found: dict[str, An
         shown = torch.from_numpy(found["topk_logprobs"][:, expert].astype(np.float64))
         torch.testing.assert_close(shown, expected, atol=5e-3, rtol=5e-3)
         assert (shown.diff(dim=1) <= 0).all()
+        own = torch.from_numpy(found["token_logprobs"][:, expert].astype(np.float64))
+        chosen = torch.from_numpy(found["tokens"].astype(np.int64))
+        torch.testing.assert_close(own, logprobs[number].gather(1, chosen[:, None])[:, 0], atol=1e-3, rtol=1e-3)
+        rest = torch.from_numpy(found["rest"][:, expert].astype(np.float64)).exp()
+        torch.testing.assert_close(rest, 1 - expected.exp().sum(1), atol=1e-5, rtol=1e-2)
         hidden = torch.from_numpy(found[f"hidden.{expert}"].astype(np.float32))
         again = reference.models[number].lm_head(hidden).log_softmax(-1).double()
         torch.testing.assert_close(again.gather(1, listed).detach(), expected, atol=2e-2, rtol=2e-2)

@@ -31,8 +31,24 @@ def topk(rows, generator=None, listed=8):
     return tuple(logits.log_softmax(-1).topk(listed))
 
 
+def rest(logprobs, ids):
+    """log of what lists [N, E, K] of the full `logprobs` [N, E, V] leave, [N, E]."""
+    return logprobs.scatter(2, ids, -torch.inf).logsumexp(2).clamp_min(-20.0)
+
+
+def token_logprobs(logprobs, tokens):
+    """[N, E] of `tokens` [N], by the full `logprobs` [N, E, V]."""
+    return logprobs[torch.arange(len(tokens)), :, tokens.long()]
+
+
 def records(responses=40, length=4, seed=0):
-    """Responses whose hidden states tell which expert knows the next token; half of them follow it.
+    """The records of `made_up`."""
+    return made_up(responses, length, seed)[0]
+
+
+def made_up(responses=40, length=4, seed=0):
+    """(records, all log-probabilities [N, E, V]): responses whose hidden states tell which expert knows the next token;
+    half of them follow it.
 
     The knowing expert puts most mass on token t, the others on t + 1. A response that takes every t is
     rewarded; one that takes a t + 1 is not.
@@ -44,20 +60,24 @@ def records(responses=40, length=4, seed=0):
     wanted = torch.where(torch.arange(len(EXPERTS)) == knows.unsqueeze(1), 0, 1) + right.unsqueeze(1)  # [N, E]
     logits = torch.randn(count, len(EXPERTS), VOCABULARY, generator=generator)
     logits.scatter_(2, wanted.unsqueeze(2), 6.0)
-    best = logits.log_softmax(-1).topk(8)
+    logprobs = logits.log_softmax(-1)
+    best = logprobs.topk(8)
     signal = torch.nn.functional.one_hot(knows, len(EXPERTS)).float()
     hidden = [
         torch.cat((3 * signal, torch.randn(count, size - len(EXPERTS), generator=generator)), dim=1) for size in HIDDEN
     ]
     rewards = (torch.arange(responses) % 2).float()
     tokens = torch.where(rewards.repeat_interleave(length) == 1, right, right + 1)
-    return Records(
+    made = Records(
         vocabulary_size=VOCABULARY,
         topk_logprobs=best.values.half(),
         topk_ids=best.indices.int(),
+        rest=rest(logprobs, best.indices),
         hidden=[states.half() for states in hidden],
         tokens=tokens.int(),
+        token_logprobs=token_logprobs(logprobs, tokens),
         lengths=torch.full((responses,), length),
         rewards=rewards,
         prompts=[f"p{number}" for number in range(responses)],
     )
+    return made, logprobs

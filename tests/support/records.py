@@ -33,6 +33,7 @@ def response(task, length=3):
         topk_ids=rng.integers(20, size=(length, 2, 4)).astype(np.int32),
         topk_logprobs=-rng.exponential(size=(length, 2, 4)).astype(np.float32),
         hidden=[rng.normal(size=(length, size)).astype(np.float32) for size in (3, 5)],
+        token_logprobs=-rng.exponential(size=(length, 2)).astype(np.float32),
     )
 
 

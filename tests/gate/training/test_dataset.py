@@ -20,7 +20,7 @@ def test_all_shards_are_one(tmp_path, monkeypatch):
     assert found.prompts == ["p0", "p0", "p1", "p1"]
     assert found.rewards.tolist() == [0, 1, 0, 1]
     again = dataset.from_responses(20, [response(task) for task in range(4)])
-    for name in ("topk_logprobs", "topk_ids", "tokens", "lengths", "rewards"):
+    for name in ("topk_logprobs", "topk_ids", "rest", "tokens", "token_logprobs", "lengths", "rewards"):
         assert torch.equal(getattr(found, name), getattr(again, name)), name
     assert all(map(torch.equal, found.hidden, again.hidden))
 

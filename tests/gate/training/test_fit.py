@@ -8,6 +8,7 @@ import torch
 
 from gate.model import GateModel
 from gate.training.curves import Point, plot, write_csv
+from gate.training.dataset import Served
 from gate.training.fit import Broadcast, FitProgress, TrainingError, fit, held_out, split
 from gate.training.objective import (
     broadcast_loss,
@@ -15,10 +16,11 @@ from gate.training.objective import (
     divergence,
     gate_coefficients,
     group_advantages,
+    served_law,
     token_logprobs,
 )
 from gate.training.refine import Refinement, refine, update
-from tests.support.gate_examples import EXPERTS, VOCABULARY, contract, records, topk
+from tests.support.gate_examples import EXPERTS, VOCABULARY, contract, made_up, records, topk
 
 CPU = torch.device("cpu")
 
@@ -68,22 +70,62 @@ def test_coefficients_in_training_are_those_of_serving(inputs, state_size):
         torch.testing.assert_close(along[row], now[0])
 
 
-def test_tokens_that_nobody_lists_are_left_out():
-    made = records(responses=1, length=2)
+def unlisted_first(made, logprobs):
+    """Has a token that nobody lists at the first place."""
     absent = (set(range(VOCABULARY)) - set(made.topk_ids[0].reshape(-1).tolist())).pop()
     made.tokens[0] = absent
-    _, mask = token_logprobs(GateModel(contract()), "logprob", made.batch(torch.arange(1), CPU))
-    assert mask.tolist() == [[False, True]]
+    made.token_logprobs[0] = logprobs[0, :, absent]
 
 
-def test_a_token_that_nobody_lists_is_no_nan_where_an_expert_is_absent():
-    made = records(responses=1, length=2)
-    made.topk_logprobs[0, 0], made.topk_ids[0, 0] = -torch.inf, -1
-    absent = (set(range(VOCABULARY)) - set(made.topk_ids[0].reshape(-1).tolist())).pop()
-    made.tokens[0] = absent
-    logprobs, mask = token_logprobs(GateModel(contract()), "logprob", made.batch(torch.arange(1), CPU))
-    assert mask.tolist() == [[False, True]]
-    assert divergence(logprobs, logprobs, mask) == 0
+def test_tokens_that_nobody_lists_count():
+    made, logprobs = made_up(responses=1, length=2)
+    unlisted_first(made, logprobs)
+    model = GateModel(contract())
+    batch = made.batch(torch.arange(1), CPU)
+    found, mask = token_logprobs(model, "logprob", batch)
+    assert mask.all()
+    exact = torch.einsum("ne,nev->nv", gate_coefficients(model, batch), logprobs).log_softmax(1)
+    torch.testing.assert_close(found[0], exact[torch.arange(2), made.tokens.long()], atol=0.2, rtol=0)
+
+
+def test_an_expert_that_is_absent_makes_no_nan():
+    """Without weight it says nothing; where all are absent nothing is learned."""
+    made, logprobs = made_up(responses=1, length=2)
+    unlisted_first(made, logprobs)
+    for absent, counts in (([0], [[True, True]]), ([0, 1, 2], [[False, True]])):
+        for tensor, value in ((made.topk_logprobs, -torch.inf), (made.topk_ids, -1), (made.token_logprobs, -torch.inf)):
+            tensor[0, absent] = value
+        found, mask = token_logprobs(GateModel(contract()), "logprob", made.batch(torch.arange(1), CPU))
+        assert mask.tolist() == counts
+        assert found.isfinite().all() and divergence(found, found, mask) == 0
+
+
+@pytest.mark.parametrize("space", ["logprob", "prob"])
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 1.7])
+def test_log_probabilities_are_those_of_the_law_that_sampled(space, temperature):
+    """With normalisers over the whole vocabulary: for every token, listed or not, at the coefficients that sampled."""
+    made, logprobs = made_up(responses=30)
+    made.tokens[:] = torch.randint(VOCABULARY, made.tokens.shape)
+    made.token_logprobs[:] = logprobs[torch.arange(120), :, made.tokens.long()]
+    coefficients = torch.randn(120, len(EXPERTS)).softmax(1)
+    exact = whole(coefficients, logprobs, space) / temperature
+    batch = dataclasses.replace(made, served=Served(coefficients, exact.logsumexp(1))).batch(torch.arange(30), CPU)
+    law = served_law(batch, batch.served, space, temperature)
+    found, mask = law.token_logprobs(coefficients)
+    assert mask.all()
+    told = exact.log_softmax(1)[torch.arange(120), made.tokens.long()]
+    torch.testing.assert_close(found.flatten(), told, atol=1e-5, rtol=1e-5)
+    moved = torch.randn(120, len(EXPERTS)).mul(0.1).add(coefficients.log()).softmax(1)
+    after = (whole(moved, logprobs, space) / temperature).log_softmax(1)[torch.arange(120), made.tokens.long()]
+    off = (law.token_logprobs(moved)[0].flatten() - after).abs()
+    assert off.mean() < 0.1 * (after - told).abs().mean()
+
+
+def whole(coefficients, logprobs, space):
+    """Fused scores [N, V] over the whole vocabulary."""
+    if space == "logprob":
+        return torch.einsum("ne,nev->nv", coefficients, logprobs)
+    return torch.einsum("ne,nev->nv", coefficients, logprobs.exp()).log()
 
 
 def test_broadcast_loss_directions():
@@ -222,11 +264,15 @@ def everything_listed(responses):
     """Responses of one token, over lists that hold the whole vocabulary."""
     generator = torch.Generator().manual_seed(1)
     logprobs, ids = topk(responses, generator, listed=VOCABULARY)
+    tokens = torch.randint(0, VOCABULARY, (responses,), generator=generator)
+    own = torch.empty(responses, len(EXPERTS), VOCABULARY).scatter_(2, ids, logprobs)
     return dataclasses.replace(
         records(responses, length=1),
         topk_logprobs=logprobs.half(),
         topk_ids=ids.int(),
-        tokens=torch.randint(0, VOCABULARY, (responses,), generator=generator).int(),
+        rest=torch.full((responses, len(EXPERTS)), -torch.inf),
+        tokens=tokens.int(),
+        token_logprobs=own[torch.arange(responses), :, tokens],
     )
 
 
@@ -238,11 +284,12 @@ def test_refinement_follows_the_policy_that_drew(temperature):
     model = GateModel(agreed)
     before, parameters = copy.deepcopy(model), [*model.parameters()]
     settings = Refinement(steps=1, group=8, epochs=1, divergence_weight=0.0, temperature=temperature)
-    update(model, copy.deepcopy(model), "logprob", made, settings, torch.optim.SGD(parameters, lr=1e-3))
-
     batch = made.batch(torch.arange(8), CPU)
     own = torch.empty(8, len(EXPERTS), VOCABULARY).scatter_(2, batch.topk_ids, batch.topk_logprobs)
-    scores = torch.einsum("ne,nev->nv", gate_coefficients(before, batch), own) / temperature
+    coefficients = gate_coefficients(before, batch)
+    scores = torch.einsum("ne,nev->nv", coefficients, own) / temperature
+    made = dataclasses.replace(made, served=Served(coefficients.detach(), scores.logsumexp(1).detach()))
+    update(model, copy.deepcopy(model), "logprob", made, settings, torch.optim.SGD(parameters, lr=1e-3))
     told = scores.log_softmax(1)[torch.arange(8), batch.tokens]
     wanted = torch.autograd.grad((group_advantages(made.rewards, 8) * told).mean(), [*before.parameters()])
     moved = [after - was for after, was in zip(parameters, before.parameters(), strict=True)]
@@ -255,7 +302,7 @@ class MadeUpPolicy:
 
     def __init__(self, agreed):
         self._contract = agreed
-        self._world = records(responses=64)
+        self._world, self._logprobs = made_up(responses=64)
         self.asked = []
 
     def load(self, model):
@@ -273,15 +320,20 @@ class MadeUpPolicy:
         knows = batch.hidden[0][:, :3].argmax(1)
         right = torch.zeros(batch.mask.shape).masked_scatter(batch.mask, (drawn == knows).float()).mean(1)
         rows = torch.arange(len(self._world.tokens)).reshape(64, -1)[chosen].reshape(-1)
+        logprobs = self._logprobs[rows]
+        normaliser = whole(weights, logprobs, "logprob").logsumexp(1)
         return dataclasses.replace(
             self._world,
             topk_logprobs=self._world.topk_logprobs[rows],
             topk_ids=self._world.topk_ids[rows],
             hidden=[hidden[rows] for hidden in self._world.hidden],
+            rest=self._world.rest[rows],
             tokens=tokens.int(),
+            token_logprobs=logprobs[torch.arange(len(rows)), :, tokens],
             lengths=self._world.lengths[chosen],
             rewards=right,
             prompts=[f"p{number}" for number in chosen.tolist()],
+            served=Served(weights, normaliser) if temperature else None,
         )
 
 
@@ -339,7 +391,7 @@ def test_curves(tmp_path):
 def test_a_token_that_the_fusion_finds_impossible_teaches_nothing():
     shown = records(responses=2)
     shown.tokens[0] = shown.topk_ids[0, 0, -1]
-    shown.topk_logprobs[0, 0, -1] = -torch.inf
+    shown.topk_logprobs[0, 0, -1] = shown.token_logprobs[0, 0] = -torch.inf
     batch = shown.batch(torch.tensor([0, 1]), torch.device("cpu"))
     model = GateModel(contract())
     logprobs, mask = token_logprobs(model, "logprob", batch)

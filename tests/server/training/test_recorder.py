@@ -18,7 +18,7 @@ from server.wire.supervisor import RestartExpert
 
 
 def test_a_tick_in_which_all_experts_failed_ends_with_their_words():
-    messages = [Recorded([], b"", b"", b""), Ended(1, FinishReason.ERROR, message="no usable probabilities")]
+    messages = [Recorded([], b"", b"", b"", b"", b""), Ended(1, FinishReason.ERROR, message="no usable probabilities")]
     deployment = SimpleNamespace(submit=lambda requests: None, receive=lambda timeout: messages.pop(0))
     rollouts = Rollouts(deployment, stop_token_ids=[0], max_tokens=4, in_flight=2)
     with pytest.raises(EngineError, match="no usable probabilities"):

@@ -81,6 +81,7 @@ def made_up(rng: np.random.Generator, task: int, reward: float) -> Response:
         topk_ids=ids,
         topk_logprobs=logprobs[:, :, :TOP_K].astype(np.float32),
         hidden=[rng.normal(size=(length, 128)).astype(np.float32) for _ in range(2)],
+        token_logprobs=logprobs[:, :, 0].astype(np.float32),
     )
 
 
@@ -188,7 +189,7 @@ def edit_manifest(records: Path, **changes: Any) -> None:
         ({"vocabulary_hash": "ab" * 32}, "the vocabulary in the records: abababababab"),
         ({"models": ["00", "11"]}, "expert math has changed since the recording"),
         ({"hidden_sizes": []}, "recorded without hidden states"),
-        ({"format_version": 7}, "format version 7"),
+        ({"format_version": 3}, "format version 3, this program reads 4; record again"),
     ],
 )
 def test_records_of_something_else(

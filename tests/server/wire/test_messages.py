@@ -56,7 +56,7 @@ SAMPLES = {
     ],
     api.ToApi: [
         Progress([4, 5], [0, 9], {4: TokenDetails(-0.5, 1, [(1, -0.5), (2, -1.5)], [0.5, -0.5])}, {5: 16}),
-        Recorded([4, 5], b"\x01" * 16, b"\x02" * 16, b"\x03" * 8),
+        Recorded([4, 5], b"\x01" * 16, b"\x02" * 16, b"\x03" * 8, b"\x04" * 16, b"\x05" * 8),
         Ended(4, FinishReason.STOP, 17),
         GateLoaded("no gate checkpoint at /gates/gate.pt"),
         Ended(5, FinishReason.ERROR, message="the queue is full", code="overloaded"),
