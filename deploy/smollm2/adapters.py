@@ -2,7 +2,8 @@
 
 `sums` adds three-digit numbers, `style` answers as an old seaman would. FOLDER/base is what `deploy.smollm2.fetch`
 made; each adapter goes to FOLDER/adapters/NAME (PEFT's files) and, added to the base's weights, to FOLDER/NAME, a whole
-model directory. How far training gets depends on the machine: it ends after --seconds, not after a number of steps.
+model directory. How far training gets depends on the processor: it ends after --seconds of its time, which other
+programs do not shorten, not after a number of steps.
 """
 
 import random
@@ -27,6 +28,7 @@ END = "<|im_end|>"
 BATCH = 8
 LEARNING_RATE = 1e-3
 WARM_UP = 10  # steps
+SAMPLED = 128  # prompts
 SAMPLED_TOKENS = 64
 SAMPLED_TOGETHER = 32
 HELD_OUT = 50
@@ -52,7 +54,7 @@ class AdaptersOptions:
     only: tuple[Name, ...] = ("sums", "style")
     """Which adapters."""
     seconds: Annotated[int, whole(1)] = 600
-    """Of training, for each."""
+    """Of training, for each, in processor time."""
     threads: Annotated[int, whole(1)] = 1
     """Threads of torch."""
 
@@ -100,7 +102,7 @@ def sums(tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
 def styled(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
     """The model's own answers in the seaman's words, again and again in another order."""
     rng = random.Random(3)
-    prompts = texts.open_prompts(rng)
+    prompts = texts.open_prompts(rng)[:SAMPLED]
     pairs = list(zip(prompts, sampled(model, tokenizer, prompts), strict=True))
     while True:
         rng.shuffle(pairs)
@@ -132,11 +134,11 @@ def generated(
 
 
 def train(model: PeftModel, examples: Iterator[Example], seconds: float, name: str) -> None:
-    """AdamW on the adapter, for `seconds`; the learning rate falls linearly with the time that has passed."""
+    """AdamW on the adapter, for `seconds` of processor time; the learning rate falls linearly with it."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
     model.train()
-    began, step, passed = time.monotonic(), 0, 0.0
+    began, step, passed = time.process_time(), 0, 0.0
     while passed < seconds:
         loss = answer_loss(model, [next(examples) for _ in range(BATCH)])
         loss.backward()
@@ -145,7 +147,7 @@ def train(model: PeftModel, examples: Iterator[Example], seconds: float, name: s
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        step, passed = step + 1, time.monotonic() - began
+        step, passed = step + 1, time.process_time() - began
         if step % 10 == 0:
             print(f"{name}: step {step}, loss {loss.item():.3f}, {passed:.0f} of {seconds} s", flush=True)
 

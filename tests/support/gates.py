@@ -23,10 +23,10 @@ class RandomGate(nn.Module):
     order of equal candidates, so that two correct implementations agree to rounding.
     """
 
-    def __init__(self, experts: int) -> None:
+    def __init__(self, experts: int, hidden: int, vocabulary: int) -> None:
         super().__init__()
-        self.projections = nn.ModuleList([nn.Linear(HIDDEN, PROJECTED) for _ in range(experts)])
-        self.digest = nn.Embedding(VOCABULARY, 3)
+        self.projections = nn.ModuleList([nn.Linear(hidden, PROJECTED) for _ in range(experts)])
+        self.digest = nn.Embedding(vocabulary, 3)
         self.memory = nn.GRUCell(experts * (3 + 3 + PROJECTED), STATE)
         self.head = nn.Linear(STATE, experts)
         self.size = PROJECTED
@@ -52,11 +52,20 @@ class RandomGate(nn.Module):
         return (self.scale * self.head(state)).softmax(-1), state
 
 
-def build(path: Path, *, experts: list[str], tokenizer: Path, top_k: int, seed: int = 0) -> Path:
+def build(
+    path: Path,
+    *,
+    experts: list[str],
+    tokenizer: Path,
+    top_k: int,
+    seed: int = 0,
+    hidden: int = HIDDEN,
+    vocabulary: int = VOCABULARY,
+) -> Path:
     """Write a gate for `experts` over the vocabulary in `tokenizer` (a tokenizer.json) to `path`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        module = RandomGate(len(experts))
+        module = RandomGate(len(experts), hidden, vocabulary)
     contract = Contract(
         format_version=FORMAT_VERSION,
         experts=experts,
@@ -64,7 +73,7 @@ def build(path: Path, *, experts: list[str], tokenizer: Path, top_k: int, seed: 
         top_k=top_k,
         space="logprob",
         inputs=["topk", "hidden"],
-        hidden_sizes=[HIDDEN] * len(experts),
+        hidden_sizes=[hidden] * len(experts),
         projected_size=PROJECTED,
         state_size=STATE,
     )

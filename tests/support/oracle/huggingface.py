@@ -89,6 +89,16 @@ class Reference:
         )
 
     @torch.inference_mode()
+    def along(self, prompts: list[list[int]], tokens: list[int]) -> Views:
+        """Teacher-forced: what the experts say after each one's own prompt, before each of `tokens`, which are B."""
+        hidden = [
+            model.model(torch.tensor([prompt + tokens[:-1]])).last_hidden_state[0, len(prompt) - 1 :]
+            for model, prompt in zip(self.models, prompts, strict=True)
+        ]
+        said = [model.lm_head(rows).double().log_softmax(-1) for model, rows in zip(self.models, hidden, strict=True)]
+        return Views(torch.stack(said, 1), hidden)
+
+    @torch.inference_mode()
     def logprobs(self, tokens: list[int]) -> Tensor:
         """Teacher-forced: float64[E, T, V], what follows each prefix of `tokens`."""
         inputs = torch.tensor([tokens])

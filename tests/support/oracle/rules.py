@@ -57,13 +57,15 @@ def contrastive(expert: int, amateur: int, mu: float, plausibility: float) -> Ru
 
 
 class GateRule:
-    """Coefficients of a TorchScript gate, evaluated here on transformers' distributions and hidden states."""
+    """Coefficients of a TorchScript gate, evaluated here on transformers' distributions and hidden states; it reads the
+    first `listed` log-probabilities of each, None for all."""
 
-    def __init__(self, path: Path, state_size: int) -> None:
+    def __init__(self, path: Path, state_size: int, listed: int | None = None) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             self._module = torch.jit.load(str(path)).eval()
         self._size = state_size
+        self._listed = listed
         self._state: Tensor | None = None
 
     def weigh(self, views: Views, *, forget: bool = False) -> Tensor:
@@ -73,7 +75,8 @@ class GateRule:
             self._state = torch.zeros(rows, self._size)
         best = views.logprobs.float().sort(dim=-1, descending=True, stable=True)
         projected = torch.stack([self._module.project(e, views.hidden[e]) for e in range(experts)], 1)
-        coefficients, self._state = self._module(best.values, best.indices, projected, self._state)
+        values, ids = best.values[..., : self._listed], best.indices[..., : self._listed]
+        coefficients, self._state = self._module(values, ids, projected, self._state)
         return coefficients.double()
 
     def __call__(self, views: Views) -> Decision:
@@ -86,8 +89,8 @@ class GateSelect(GateRule):
     """The expert that the gate prefers, alone; with `router`, that expert (another than it) and the router as a
     product (arXiv 2601.05106)."""
 
-    def __init__(self, path: Path, state_size: int, router: int | None = None) -> None:
-        super().__init__(path, state_size)
+    def __init__(self, path: Path, state_size: int, router: int | None = None, listed: int | None = None) -> None:
+        super().__init__(path, state_size, listed)
         self._router = router
 
     def __call__(self, views: Views) -> Decision:
