@@ -41,6 +41,13 @@ def token_logprobs(logprobs, tokens):
     return logprobs[torch.arange(len(tokens)), :, tokens.long()]
 
 
+def whole(coefficients, logprobs, space):
+    """Fused scores [N, V] over the whole vocabulary."""
+    if space == "logprob":
+        return torch.einsum("ne,nev->nv", coefficients, logprobs)
+    return torch.einsum("ne,nev->nv", coefficients, logprobs.exp()).log()
+
+
 def records(responses=40, length=4, seed=0):
     """The records of `made_up`."""
     return made_up(responses, length, seed)[0]

@@ -53,8 +53,6 @@ class FusionRouteOptions:
     """Preferences to learn from."""
     limit: Annotated[int | None, whole(1)] = None
     """Only the first of --prompts, answered or preferred (default: all)."""
-    top_k: Annotated[int, whole(1)] = 32
-    """Of the deployment."""
     seed: int = 0
     """Of all that is random."""
     output: Annotated[Path, Output(folder=True)]
@@ -81,7 +79,7 @@ def fusionroute(options: FusionRouteOptions) -> None:
     save_model(router.model.cpu(), options.start, options.output)
     sizes = [expert.config.hidden_size for expert in (*router.experts, router.model)]
     file = options.output / "gate.pt"
-    export(router.head, names, options.name, sizes, options.start / "tokenizer.json", options.top_k, file)
+    export(router.head, names, options.name, sizes, options.start / "tokenizer.json", file)
     print(f"{time.perf_counter() - began:.0f} s -> {options.output}")
 
 

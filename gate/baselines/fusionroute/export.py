@@ -38,14 +38,14 @@ class RouteGate(nn.Module):
 
 
 def export(
-    head: nn.Linear, experts: list[str], router: str, hidden_sizes: list[int], tokenizer: Path, top_k: int, path: Path
+    head: nn.Linear, experts: list[str], router: str, hidden_sizes: list[int], tokenizer: Path, path: Path
 ) -> None:
     """Writes the checkpoint for a deployment of `experts` and then `router`; `hidden_sizes` in the same order."""
     contract = Contract(
         format_version=FORMAT_VERSION,
         experts=[*experts, router],
         vocabulary_hash=vocabulary_hash(tokenizer),
-        top_k=top_k,
+        top_k=1,  # whether there is a list at all
         space="logprob",
         inputs=["hidden"],
         hidden_sizes=hidden_sizes,

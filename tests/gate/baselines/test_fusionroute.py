@@ -64,7 +64,7 @@ def test_exported_gate_picks_one_expert_and_keeps_the_router(tmp_path):
     nn.init.constant_(head.bias, 0.0)
     head.weight.data = torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0]])
     tokenizer = ROOT / "deploy/demo/experts/math/tokenizer.json"
-    export(head, ["math", "text"], "router", [8, 8, 4], tokenizer, 5, tmp_path / "gate.pt")
+    export(head, ["math", "text"], "router", [8, 8, 4], tokenizer, tmp_path / "gate.pt")
     gate = checkpoint.load(tmp_path / "gate.pt")
     assert gate.contract.experts == ["math", "text", "router"]
     hidden = torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 1.0, 0, 0]])
