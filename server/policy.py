@@ -149,3 +149,8 @@ def essential(policy: Policy) -> list[str]:
 def needs_gate(policy: Policy) -> bool:
     """Whether `policy` asks the gate checkpoint."""
     return isinstance(policy, Gate | FusionRoute) or (isinstance(policy, Select) and policy.by == "gate")
+
+
+def needs_entropy(policy: Policy) -> bool:
+    """Whether `policy` asks for the entropy of each expert's distribution."""
+    return isinstance(policy, Select) and policy.by == "entropy"

@@ -30,7 +30,7 @@ class Phase(StrEnum):
     """The fusion, but for what is in `LOOK_UP` and `GATE`."""
 
     LOOK_UP = "look_up"
-    """Exact log-probabilities come from the experts."""
+    """Whole rows come from the experts, and are fused."""
 
     GATE = "gate"
     """The gate gives coefficients."""

@@ -1,17 +1,17 @@
 """Fusion policies as arithmetic: the coefficients that each rule of `server.policy` gives the experts, batched over
 rows.
 
-Letters: B rows, E experts, K top-k, U candidates.
+Letters: B rows, E experts.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from server.coordinator.arrays import Bool, Float32, Int64
-from server.coordinator.fusion import entropy
 from server.policy import (
     Contrastive,
     FusionRoute,
@@ -36,11 +36,14 @@ _HOPELESS = np.float32(-1e30)
 class Evidence:
     """What a rule may look at, for rows of one policy."""
 
-    logprobs: Float32
-    """[B, E, K]: the experts' lists, best first."""
-
     available: Bool
     """[B, E]: experts that take part and gave a usable row."""
+
+    confidence: Float32
+    """[B, E]: the log-probability of each expert's most probable token."""
+
+    entropy: Float32
+    """[B, E]: of each expert's distribution, for rules that need it."""
 
     gate: Float32
     """[B, E]: the gate's coefficients, for rules that need them."""
@@ -48,8 +51,11 @@ class Evidence:
     cross_entropy: Float32
     """[B, E]: nats per prompt token under each expert, for `perplexity`."""
 
-    vocabulary: int
-    """V."""
+    def only(self, rows: Int64 | slice) -> Evidence:
+        """That of some rows."""
+        return Evidence(
+            self.available[rows], self.confidence[rows], self.entropy[rows], self.gate[rows], self.cross_entropy[rows]
+        )
 
 
 def coefficients(policy: Policy, experts: list[str], evidence: Evidence) -> Float32:
@@ -89,12 +95,12 @@ def space(policy: Policy, gate_space: Space) -> Space:
     return "logprob"
 
 
-def plausible(policy: Policy, experts: list[str], values: Float32) -> Bool | None:
-    """Contrastive decoding's plausibility mask bool[B, U] over `values` [B, E, U], None for other rules."""
+def plausibility(policy: Policy, experts: list[str]) -> tuple[int, float]:
+    """Contrastive decoding's plausibility mask: (the expert who leads, log of the share of its largest probability that
+    a token must have to it); (-1, 0) for other rules."""
     if not isinstance(policy, Contrastive):
-        return None
-    leader = values[:, experts.index(policy.expert)]
-    return np.asarray(leader >= leader.max(axis=1, keepdims=True) + np.log(np.float32(max(policy.plausibility, 1e-30))))
+        return -1, 0.0
+    return experts.index(policy.expert), math.log(max(policy.plausibility, 1e-30))
 
 
 def _rule(policy: Policy, experts: list[str], evidence: Evidence) -> Float32:
@@ -139,9 +145,9 @@ def _selected(by: str, evidence: Evidence) -> Int64:
     if by == "gate":
         score = evidence.gate
     elif by == "entropy":
-        score = -entropy(evidence.logprobs, evidence.vocabulary)
+        score = -evidence.entropy
     else:
-        score = evidence.logprobs[:, :, 0]
+        score = evidence.confidence
     return np.asarray(np.where(evidence.available, score, -np.inf).argmax(axis=1))
 
 

@@ -20,8 +20,9 @@ from server.coordinator.lifecycle import Lifecycle
 from server.coordinator.links import ExpertLink
 from server.coordinator.observer import Observer
 from server.coordinator.rows import ExpertRows
-from server.coordinator.sampler import Sampled, sample
+from server.coordinator.sampler import Draft, Sampled, draft, settle
 from server.coordinator.table import SequenceTable
+from server.policy import needs_entropy
 from server.wire.api import Ended, Progress
 from server.wire.expert import Add, Report
 
@@ -39,6 +40,7 @@ class Coordinator:
         self._fuser = fuser
         self._table = table
         self._observer = observer
+        self._tolerance = config.tolerance
         self._admission = Admission(config, links, table, fuser.policies, observer)
         self.clock = observer.clock
         self.sequences = Lifecycle(config, links, table, fuser.policies, self._admission, observer)
@@ -49,12 +51,12 @@ class Coordinator:
         ended: list[Ended] = []
         with self._observer.tick(self._links):
             slots = self._align()
-            if slots.size and (fused := self._fuse(slots)).slots.size:
-                sampled = self._sample(fused)
+            if slots.size:
+                sampled = self._complete(self._sample(self._fuse(slots)))
                 ended = self._advance(sampled)
             self._admission.admit()
             self._step()
-        if sampled is not None:
+        if sampled is not None and sampled.tokens.size:
             self._emit(sampled, ended)
 
     # --- align ---
@@ -99,20 +101,34 @@ class Coordinator:
 
     @timed(Phase.FUSE)
     def _fuse(self, slots: Int64) -> Fused:
-        """Fuse `slots`. Those about which an expert that was asked said nothing are left out, and parked in the other
-        engines as if it had not reported them: it is about to be lost."""
-        fused = self._fuser.fuse(self._table, slots)
-        if len(fused.slots) < len(slots):
-            left = np.setdiff1d(slots, fused.slots)
-            for link in self._links:
-                if link.up:
-                    self._park(link, left[self._table.placed[left, link.index]])
-        return fused
+        """What the experts' lists say of the fused distributions."""
+        return self._fuser.fuse(self._table, slots)
 
     @timed(Phase.SAMPLE)
-    def _sample(self, fused: Fused) -> Sampled:
-        """A token for each fused row."""
-        return sample(self._table, fused)
+    def _sample(self, fused: Fused) -> Draft:
+        """A token for each fused row, as far as the lists settle it."""
+        return draft(self._table, fused, self._tolerance)
+
+    @timed(Phase.SAMPLE)
+    def _complete(self, drafted: Draft) -> Sampled:
+        """The same once the experts have been asked for the whole of the rows that are open. Those about which one that
+        was asked said nothing are left out, and parked in the other engines as if it had not reported them: it is about
+        to be lost."""
+        rows = drafted.open
+        whole = self._fuser.whole_rows(drafted.fused, rows, drafted.recorded) if rows.size else {}
+        if len(whole) < len(rows):
+            answered = np.ones(len(drafted.columns), bool)
+            answered[[row for row in rows.tolist() if row not in whole]] = False
+            self._park_everywhere(drafted.fused.slots[~answered])
+            places = np.cumsum(answered) - 1
+            whole = {int(places[row]): known for row, known in whole.items()}
+            drafted = drafted.only(answered)
+        return settle(self._table, drafted, whole)
+
+    def _park_everywhere(self, slots: Int64) -> None:
+        for link in self._links:
+            if link.up:
+                self._park(link, slots[self._table.placed[slots, link.index]])
 
     def _advance(self, sampled: Sampled) -> list[Ended]:
         """Append the sampled tokens to their sequences and end those that are done; their terminal messages."""
@@ -159,6 +175,7 @@ class Coordinator:
             exact_ids=table.exact_ids_of(slot),
             temperature=request.temperatures[expert] if request.temperatures else 1.0,
             score=bool(table.needs_scores[slot] and not table.scored[slot, expert]),
+            entropy=needs_entropy(request.policy),
             grammar=request.grammar,
             generated=generated,
             given=request.given[generated:],
@@ -169,8 +186,8 @@ class Coordinator:
     def _emit(self, sampled: Sampled, ended: list[Ended]) -> None:
         """Queue a tick's tokens and terminal messages for the api, and count them: the engines are at work."""
         outbox, sequences, tokens = self.sequences.outbox, sampled.sequences.tolist(), sampled.tokens.tolist()
-        if sampled.fused.lost.any():
-            good = np.flatnonzero(~sampled.fused.lost)
+        if sampled.lost.any():
+            good = np.flatnonzero(~sampled.lost)
             sequences, tokens = sampled.sequences[good].tolist(), sampled.tokens[good].tolist()
         details = {int(sampled.sequences[row]): sampled.details(row, count) for row, count in sampled.detailed}
         timings = self._observer.first_tokens(sampled.cached)
@@ -178,4 +195,4 @@ class Coordinator:
             outbox.append(sampled.record)
         outbox.append(Progress(sequences, tokens, details, sampled.cached, timings))
         outbox += ended
-        self._observer.generated(sampled.fused, ended)
+        self._observer.generated(sampled, ended)

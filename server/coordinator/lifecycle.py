@@ -8,7 +8,6 @@ from server.config import Config
 from server.coordinator.admission import Admission
 from server.coordinator.arrays import Bool, Int8, Int32, Int64
 from server.coordinator.compiled import compiled
-from server.coordinator.fuser import Fused
 from server.coordinator.links import ExpertLink
 from server.coordinator.observer import Observer
 from server.coordinator.policy_book import PolicyBook
@@ -94,7 +93,7 @@ class Lifecycle:
         reasons = _finish_reasons(
             sampled.tokens,
             sampled.fused.slots,
-            self._failed(sampled.fused),
+            self._failed(sampled),
             self._table.exact,
             self._table.lengths,
         )
@@ -104,11 +103,11 @@ class Lifecycle:
             self._release(int(sampled.fused.slots[row]))
         return ended
 
-    def _failed(self, fused: Fused) -> Bool:
+    def _failed(self, sampled: Sampled) -> Bool:
         """bool[B]: rows that must not go on."""
         if self._config.gate is not None and self._config.gate.on_failure == "fail":
-            return fused.lost | fused.ungated
-        return fused.lost
+            return sampled.lost | sampled.fused.ungated
+        return sampled.lost
 
     # --- as experts say, come and go ---
 
@@ -178,7 +177,7 @@ class Lifecycle:
 def _last_message(sampled: Sampled, row: int, reason: int) -> Ended:
     sequence = int(sampled.sequences[row])
     if reason == _ERROR:
-        problem = "no usable probabilities" if sampled.fused.lost[row] else "the gate failed"
+        problem = "no usable probabilities" if sampled.lost[row] else "the gate failed"
         return Ended(sequence, FinishReason.ERROR, message=problem)
     if reason == _STOP:
         return Ended(sequence, FinishReason.STOP, stop_token=int(sampled.tokens[row]))

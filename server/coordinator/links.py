@@ -19,9 +19,10 @@ from server.placement import expert_socket
 from server.remote.dialer import Dialer
 from server.wire.base import Stop
 from server.wire.channel import Channel, ConnectedChannel, Selector, endpoint
-from server.wire.expert import Add, Bare, BareDone, FromExpert, Gather, Gathered, Load, Ready, Report, Tick, ToExpert
+from server.wire.expert import Add, Bare, BareDone, FromExpert, GetRows, Load, Ready, Report, Tick, ToExpert, WholeRows
+from server.wire.shared_rows import RowMemory
 
-Answer = TypeVar("Answer", Gathered, BareDone)
+Answer = TypeVar("Answer", WholeRows, BareDone)
 
 
 _LOOK_SECONDS = 0.2
@@ -58,6 +59,7 @@ class ExpertLink:
         self.ticked_at = 0.0
         self.arrived_at = 0.0
         self.channel: Channel[FromExpert, ToExpert] | None = None
+        self._memory: RowMemory | None = None
 
     def open(self, directory: Path, generation: int) -> Channel[FromExpert, ToExpert]:
         """Listen for worker process number `generation`."""
@@ -105,6 +107,20 @@ class ExpertLink:
         self.owes_report = steps
         self.ticked_at = time.perf_counter()
 
+    def row_memory(self, slots: int) -> RowMemory | None:
+        """Where an expert on this host writes whole rows, of at most `slots` sequences."""
+        if self._memory is None and self.dialer is None and self.info is not None:
+            self._memory = RowMemory(slots, self.info.vocab_size)
+        return self._memory
+
+    def release(self) -> None:
+        """Give up what outlives its workers."""
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
+        if self.dialer is not None:
+            self.dialer.close()
+
     def send(self, message: ToExpert) -> None:
         if self.channel is not None:
             self.channel.send(message)
@@ -125,6 +141,7 @@ class ExpertLinks:
     """All links.
 
     `on_message` sees every message after its link has, `on_lost` every link whose connection to another host has ended.
+    At most `sequences` run at once.
     """
 
     def __init__(
@@ -134,11 +151,13 @@ class ExpertLinks:
         on_message: Callable[[ExpertLink, FromExpert], None],
         on_lost: Callable[[ExpertLink], None],
         dialers: dict[int, Dialer],
+        sequences: int,
     ) -> None:
         self.links = [ExpertLink(index, name, dialers.get(index)) for index, name in enumerate(names)]
         self.remote = [link for link in self.links if link.dialer is not None]
         self._selector = selector
-        self._gathers = 0
+        self._questions = 0
+        self._sequences = sequences
         self._on_message = on_message
         self._on_lost = on_lost
 
@@ -186,26 +205,36 @@ class ExpertLinks:
             self.dispatch(left)
         return []
 
-    def gather(self, wanted: dict[int, tuple[Int32, Int32]], time_limit: float) -> dict[int, Float32]:
-        """Exact log-probabilities: expert -> (slots int32[B], ids int32[B, U]) in, expert -> float32[B, U] out.
+    def whole_rows(self, wanted: dict[int, Int32], time_limit: float) -> dict[int, Float32]:
+        """expert -> slots int32[B] in, expert -> log-probabilities float32[B, V] out, all in one round. They may be
+        overwritten by the next one.
 
         All engines are at their rendezvous or idle, so each answers at once. Experts that do not are left out, and
         silent from now on.
         """
-        self._gathers += 1
-        wanted = {expert: rows for expert, rows in wanted.items() if self.links[expert].up}
-        for expert, (slots, ids) in wanted.items():
-            self.links[expert].send(Gather(self._gathers, slots.tobytes(), ids.tobytes()))
+        self._questions += 1
+        wanted = {expert: slots for expert, slots in wanted.items() if self.links[expert].up}
+        for expert, slots in wanted.items():
+            memory = self.links[expert].row_memory(self._sequences)
+            path = "" if memory is None else memory.path
+            self.links[expert].send(GetRows(self._questions, slots.tobytes(), path))
         found = {}
-        for expert, (_, ids) in wanted.items():
-            answer = self._await(expert, Gathered, time_limit)
-            while answer is not None and answer.number != self._gathers:
-                answer = self._await(expert, Gathered, time_limit)
+        for expert, slots in wanted.items():
+            answer = self._await(expert, WholeRows, time_limit)
+            while answer is not None and answer.number != self._questions:
+                answer = self._await(expert, WholeRows, time_limit)
             if answer is None:
                 self.links[expert].silent = True
             else:
-                found[expert] = np.frombuffer(answer.logprobs, np.float32).reshape(ids.shape)
+                found[expert] = self._rows_of(expert, answer, len(slots))
         return found
+
+    def _rows_of(self, expert: int, answer: WholeRows, rows: int) -> Float32:
+        """float32[rows, V] of an answer."""
+        memory = self.links[expert].row_memory(self._sequences)
+        if answer.logprobs is None and memory is not None:
+            return memory.rows[:rows]
+        return np.frombuffer(answer.logprobs or b"", np.float32).reshape(rows, -1)
 
     def bare(self, experts: list[int], request: Bare, time_limit: float) -> dict[int, list[float]]:
         """Run `request` in several engines at the same time: expert -> seconds of each step."""
@@ -218,8 +247,7 @@ class ExpertLinks:
         for link in self.links:
             link.send(Stop())
             self.close(link.index)
-            if link.dialer is not None:
-                link.dialer.close()
+            link.release()
 
     def _receive(self, link: ExpertLink, message: FromExpert) -> None:
         link.note(message)

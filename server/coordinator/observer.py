@@ -11,8 +11,8 @@ import numpy as np
 from server.coordinator.arrays import Int64
 from server.coordinator.clock import TickClock
 from server.coordinator.counters import Counters
-from server.coordinator.fuser import Fused
 from server.coordinator.links import ExpertLink
+from server.coordinator.sampler import Sampled
 from server.coordinator.tally import TokenTally
 from server.coordinator.timings import Timings
 from server.request import FinishReason, SequenceRequest
@@ -56,9 +56,15 @@ class Observer:
         [S] says what runs in each slot."""
         if self._timings:
             self._timings.reported(link.index, sequence[kept].tolist(), link.arrived_at)
+        lists = (report.ids, report.logprobs, report.exact, report.entropies, report.projected)
+        self.counters.experts[link.index].received_bytes["lists"] += sum(map(len, lists))
         if report.cached_tokens:
             self.counters.experts[link.index].cached_tokens += sum(report.cached_tokens.values())
         self.counters.position_faults += len(misplaced)
+
+    def fetched(self, expert: int, rows: int, vocabulary: int) -> None:
+        """An expert has shown that many rows whole."""
+        self.counters.experts[expert].received_bytes["rows"] += 4 * rows * vocabulary
 
     def parked(self, sequences: int) -> None:
         """That many have left an engine for a while."""
@@ -69,16 +75,20 @@ class Observer:
         self.counters.readded += again
         self.counters.experts[link.index].prefilled_tokens += tokens
 
-    def generated(self, fused: Fused, ended: Iterable[Ended]) -> None:
+    def generated(self, sampled: Sampled, ended: Iterable[Ended]) -> None:
         """Each row has its token, and some sequences their last."""
-        sources = fused.sources
+        fused = sampled.fused
         self.counters.tokens += len(fused.slots)
         self.counters.gate_failures += int(np.count_nonzero(fused.ungated))
-        if np.count_nonzero(sources.available) < sources.available.size:
-            masked = np.count_nonzero(sources.expected & ~sources.available, axis=0)
+        if np.count_nonzero(fused.available) < fused.available.size:
+            masked = np.count_nonzero(fused.expected & ~fused.available, axis=0)
             for counters, rows in zip(self.counters.experts, masked.tolist(), strict=True):
                 counters.masked_rows += rows
-        self.tally.count(sources, fused.coefficients)
+        self.tally.count(fused)
+        for bound in sampled.bounds().tolist():
+            self.counters.bound.observe(bound)
+        for row in sampled.whole:
+            self.counters.whole_rows["token" if sampled.draft.columns[row] < 0 else "logprobs"] += 1
         for each in ended:
             self.ended(each.sequence, each.reason)
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from gate.contract import vocabulary_hash
 from server.config import Config
+from server.coordinator.arrays import Float32, Int32
 from server.coordinator.coordinator import Coordinator
-from server.coordinator.fuser import Fuser, LookUp
+from server.coordinator.fuser import Fuser
 from server.coordinator.gate_runner import GateRunner, load_gate
 from server.coordinator.links import ExpertLink, ExpertLinks, LinkState
 from server.coordinator.observer import Observer
@@ -76,7 +77,12 @@ class CoordinatorProcess:
         )
         self._selector.register(self._control, self._on_control)
         self._experts = ExpertLinks(
-            config.expert_names, self._selector, self._on_expert, self._on_lost, dialers(config)
+            config.expert_names,
+            self._selector,
+            self._on_expert,
+            self._on_lost,
+            dialers(config),
+            config.limits.sequences,
         )
         self._notes: dict[int, str] = {}
         self._observer = Observer(len(config.experts))
@@ -123,10 +129,10 @@ class CoordinatorProcess:
             self._give_up(link, f"no answer for {limit:g} s")
 
     def _give_up_silent(self) -> None:
-        """An engine that left a look-up without an answer has ended, or hangs."""
+        """An engine that did not show the rows that were asked for has ended, or hangs."""
         for link in self._experts.links:
             if link.silent:
-                self._give_up(link, "no answer to a look-up")
+                self._give_up(link, "no answer when asked for rows")
 
     # --- what arrives ---
 
@@ -273,10 +279,16 @@ class CoordinatorProcess:
             state=gate.state_size if gate else 0,
             vocabulary=vocabulary,
         )
-        look_up: LookUp = lambda wanted: self._experts.gather(wanted, config.limits.tick_seconds)  # noqa: E731
-        fuser = Fuser(config.expert_names, vocabulary, gate, "exact", look_up, self._observer.clock)
+        fuser = Fuser(config.expert_names, vocabulary, gate, self._whole_rows, self._observer.clock)
         self._gate, self._fuser = gate, fuser
         return Coordinator(config, self._experts.links, fuser, table, self._observer)
+
+    def _whole_rows(self, wanted: dict[int, Int32]) -> dict[int, Float32]:
+        """What `Fuser` is given to ask the experts by."""
+        found = self._experts.whole_rows(wanted, self._config.limits.tick_seconds)
+        for expert, rows in found.items():
+            self._observer.fetched(expert, *rows.shape)
+        return found
 
     def _load_gate(self, path: Path, sha256: str | None = None) -> GateRunner:
         """The checkpoint at `path`. Raises StartError if it does not fit the deployment."""

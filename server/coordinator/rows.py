@@ -32,6 +32,9 @@ class ExpertRows(NamedTuple):
     exact: Float32
     """[B, X']: of the sequences' exact ids, as many as the longest of them has."""
 
+    entropies: Float32
+    """[B]: of the rows, in nats; [0] where no sequence asked."""
+
     projected: Float32
     """[B, d]: what the gate's projection made of the hidden states; [B, 0] without."""
 
@@ -45,6 +48,7 @@ class ExpertRows(NamedTuple):
             np.frombuffer(report.ids, np.int32).reshape(len(slots), -1),
             np.frombuffer(report.logprobs, np.float32).reshape(len(slots), -1),
             np.frombuffer(report.exact, np.float32).reshape(len(slots), -1),
+            np.frombuffer(report.entropies, np.float32),
             np.frombuffer(report.projected, np.float32).reshape(len(slots), -1),
         )
 
@@ -61,6 +65,9 @@ class KeptRows(NamedTuple):
 
     exact: Float32
     """[S, E, X]: of the sequence's exact ids."""
+
+    entropies: Float32
+    """[S, E]: of the row, in nats, for sequences whose policy asks."""
 
     projected: Float32
     """[S, E, d]: the gate's projections of the hidden state."""
@@ -112,6 +119,7 @@ def keep_rows(expert: int, rows: ExpertRows, placed: Bool, lengths: Lengths, kep
             kept.ids[slot, expert, : rows.ids.shape[1]] = rows.ids[row]
             kept.logprobs[slot, expert, : rows.ids.shape[1]] = rows.logprobs[row]
             kept.exact[slot, expert, : rows.exact.shape[1]] = rows.exact[row]
+            kept.entropies[slot, expert] = rows.entropies[row] if len(rows.entropies) else np.float32(0)
             kept.projected[slot, expert, : rows.projected.shape[1]] = rows.projected[row]
         else:
             kept.ids[slot, expert], kept.logprobs[slot, expert], kept.exact[slot, expert] = -1, -np.inf, -np.inf

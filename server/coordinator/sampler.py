@@ -1,4 +1,8 @@
-"""From fused distributions to tokens: where the pure arithmetic of `sampling` meets the sequence table."""
+"""From fused distributions to tokens: where the pure arithmetic of `sampling` meets the sequence table.
+
+First a draft, from what the experts' lists say; then, for rows whose token or log-probabilities they leave open, the
+same from the whole rows.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +10,78 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from server.coordinator.arrays import Float32, Int32, Int64
-from server.coordinator.fuser import Fused
-from server.coordinator.sampling import choose, penalise, uniforms
+from server.coordinator.arrays import Bool, Float32, Float64, Int32, Int64
+from server.coordinator.bounds import reportable
+from server.coordinator.fuser import Fused, WholeRow, hopeless
+from server.coordinator.sampling import (
+    Choice,
+    Penalties,
+    RowChoice,
+    Scores,
+    choose,
+    choose_whole,
+    penalise,
+    uniforms,
+)
 from server.coordinator.table import SequenceTable
 from server.wire.api import Recorded, TokenDetails
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
-    """The tokens of one tick, and what must outlive the slots, which a sequence that ends gives up before its token is
-    sent. Letters: B rows, U candidates."""
+class Draft:
+    """What the lists say of the tokens of B rows."""
 
     fused: Fused
-    """What they were sampled from."""
+    """What they are sampled from."""
+
+    choice: Choice
+    """The tokens that are sampled, as far as they are settled."""
 
     columns: Int64
-    """[B]: where each token stands among the candidates."""
+    """[B]: where each token stands among the candidates, given ones too; -1 where it is not settled."""
+
+    recorded: Bool
+    """[B]: the experts' rows are asked for."""
+
+    lost: Bool
+    """[B]: no expert, or not one that is essential to the policy, gave a usable distribution."""
+
+    unclear: Bool
+    """[B]: the token is settled, but its log-probabilities are not."""
+
+    @property
+    def open(self) -> Int64:
+        """The rows that must be known whole."""
+        return np.flatnonzero(((self.columns < 0) | self.unclear) & ~self.lost)
+
+    def only(self, rows: Bool) -> Draft:
+        """That of the `rows` bool[B]."""
+        return Draft(
+            self.fused.only(rows),
+            self.choice.only(rows),
+            self.columns[rows],
+            self.recorded[rows],
+            self.lost[rows],
+            self.unclear[rows],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The tokens of one tick, and what must outlive the slots, which a sequence that ends gives up before its token is
+    sent. Letters: B rows, E experts, U candidates, V vocabulary."""
+
+    draft: Draft
+    """What they were sampled from."""
+
+    whole: dict[int, Float32]
+    """Row -> log-probabilities [V] of the fused distribution, of rows that had to be known whole."""
 
     tokens: Int32
     """[B]: the tokens."""
+
+    lost: Bool
+    """[B]: rows for which there was none to sample."""
 
     sequences: Int64
     """[B]: whose they are."""
@@ -39,81 +95,239 @@ class Sampled:
     record: Recorded | None
     """What the experts showed, of those who asked."""
 
+    @property
+    def fused(self) -> Fused:
+        return self.draft.fused
+
+    def bounds(self) -> Float64:
+        """[B]: how far the log of each row's normaliser may be from what is known of it, in nats."""
+        known = ~self.lost
+        known[list(self.whole)] = False
+        found = np.zeros(len(known))
+        np.subtract(self.fused.bounds.log_high, self.fused.bounds.log_low, out=found, where=known)
+        return np.asarray(found[np.isfinite(found)])
+
     def details(self, row: int, count: int) -> TokenDetails:
         """A token's log-probability and rank, the `count` best alternatives, and the coefficients."""
-        logprobs, ids = self.fused.logprobs[row], self.fused.ids[row]
-        sampled = logprobs[self.columns[row]]
-        best = np.argsort(-logprobs, kind="stable")[:count]
-        top = [(int(ids[column]), float(logprobs[column])) for column in best if np.isfinite(logprobs[column])]
-        rank = 1 + int((logprobs > sampled).sum())
-        return TokenDetails(float(sampled), rank, top, self.fused.coefficients[row].tolist())
+        if row in self.whole:
+            logprobs, ids, at = self.whole[row].astype(np.float64), None, int(self.tokens[row])
+        else:
+            logprobs, ids, at = _middle(self.fused, row), self.fused.table.ids[row], int(self.draft.columns[row])
+        best = _largest(logprobs, count)
+        tokens = best.tolist() if ids is None else ids[best].tolist()
+        values = logprobs[best].tolist()
+        top = [(token, value) for token, value in zip(tokens, values, strict=True) if np.isfinite(value)]
+        rank = 1 + int((logprobs > logprobs[at]).sum())
+        return TokenDetails(float(logprobs[at]), rank, top, self.fused.rule.coefficients[row].tolist())
 
 
-def sample(table: SequenceTable, fused: Fused) -> Sampled:
-    """One token for each row, or the given one where there is one."""
-    slots = fused.slots
-    positions = table.lengths.generated[slots]
-    numbers = uniforms(table.seeds[slots], np.maximum(positions - table.lengths.given[slots], 0))
-    columns = choose(fused.ids, _adjusted_scores(table, fused), table.rules.of(slots), numbers)
+def draft(table: SequenceTable, fused: Fused, tolerance: float) -> Draft:
+    """One token for each row, or the given one where there is one, as far as the lists settle it; and whether its
+    log-probabilities, where they are asked for, are known within `tolerance`."""
+    slots, candidates, rules = fused.slots, fused.table, table.rules.of(fused.slots)
+    choice = choose(candidates.ids, _adjusted(table, fused), fused.bounds, fused.rule, rules, _numbers(table, slots))
+    columns = choice.columns
     if ((forced := table.forced[slots]) >= 0).any():
-        columns = np.where(forced >= 0, (fused.ids == forced[:, None]).argmax(axis=1), columns)
+        columns = np.where(forced >= 0, (candidates.ids == forced[:, None]).argmax(axis=1), columns)
+    wanted, recorded = table.top_logprobs[slots], table.recorded[slots]
+    unclear = np.zeros(len(slots), bool)
+    if (wanted >= 0).any() or recorded.any():
+        unclear = ~reportable(candidates, fused.bounds, fused.rule, columns, wanted, tolerance)
+        if recorded.any():
+            unclear |= recorded & _unrecordable(table, fused, columns, tolerance)
+    lost = hopeless(fused.bounds, fused.available, fused.rule.coefficients)
+    return Draft(fused, choice, columns, recorded, lost, unclear)
+
+
+def settle(table: SequenceTable, draft: Draft, whole: dict[int, WholeRow]) -> Sampled:
+    """The tokens, with the `whole` rows of those that are open."""
+    fused, slots = draft.fused, draft.fused.slots
+    tokens = np.maximum(fused.table.ids[np.arange(len(slots)), draft.columns], 0)
+    lost = draft.lost.copy()
+    for row, known in whole.items():
+        tokens[row] = _sample_whole(table, draft, row, known)
+        lost[row] = known.log_normaliser == -np.inf
     sequences = table.sequence[slots]
+    first = np.flatnonzero(table.lengths.generated[slots] == 0)
     return Sampled(
-        fused=fused,
-        columns=columns,
-        tokens=np.maximum(fused.ids[np.arange(len(slots)), columns], 0),
+        draft=draft,
+        whole={row: known.scores - np.float32(known.log_normaliser) for row, known in whole.items() if not lost[row]},
+        tokens=tokens,
+        lost=lost,
         sequences=sequences,
-        detailed=[(int(row), int(table.top_logprobs[slots[row]])) for row in np.flatnonzero(table.detailed[slots])],
-        cached={int(sequences[row]): table.cached_tokens(slots[row]) for row in np.flatnonzero(positions == 0)},
-        record=_record(table, fused, sequences, columns),
+        detailed=[(row, max(int(table.top_logprobs[slots[row]]), 0)) for row in _rows(table.detailed[slots] & ~lost)],
+        cached={int(sequences[row]): table.cached_tokens(slots[row]) for row in first},
+        record=_record(table, draft, whole, tokens, lost),
     )
 
 
-def _adjusted_scores(table: SequenceTable, fused: Fused) -> Float32:
-    """Fused log-probabilities after bias, min_tokens and penalties: float32[B, U]."""
-    slots, exact, lengths, scores = fused.slots, table.exact, table.lengths, fused.logprobs
+def _numbers(table: SequenceTable, slots: Int64, *, again: bool = False) -> Float64:
+    """A random number [B] for the current position of each sequence, or another one."""
+    seeds = table.seeds[slots]
+    places = np.maximum(table.lengths.generated[slots] - table.lengths.given[slots], 0)
+    return uniforms(~seeds if again else seeds, places)
+
+
+def _rows(which: Bool) -> list[int]:
+    return [int(row) for row in np.flatnonzero(which)]
+
+
+# --- from the lists ---
+
+
+def _adjusted(table: SequenceTable, fused: Fused) -> Scores:
+    """Bounds on the scores after bias, min_tokens and penalties."""
+    slots, exact, columns, bounds = fused.slots, table.exact, fused.table.exact_columns, fused.bounds
+    scores = Scores(bounds.lower, bounds.upper, bounds.highest, np.ones(len(slots), bool))
     if (bias := exact.bias[slots]).any():
-        shift = np.zeros_like(scores)
-        np.put_along_axis(shift, fused.exact_columns, bias, 1)
-        scores = scores + shift
-    early = np.asarray(lengths.generated[slots] < lengths.min_tokens[slots])
-    if early.any():
-        stops = np.zeros(scores.shape, bool)
-        np.put_along_axis(stops, fused.exact_columns, exact.is_stop[slots], 1)
-        held = np.where(stops & early[:, None], np.float32(-np.inf), scores)
+        shift = np.zeros_like(bounds.lower)
+        np.put_along_axis(shift, columns, bias, 1)
+        scores = scores._replace(lower=scores.lower + shift, upper=scores.upper + shift)
+    if (early := _early(table, slots)).any():
+        stops = np.zeros(scores.lower.shape, bool)
+        np.put_along_axis(stops, columns, exact.is_stop[slots], 1)
+        held = stops & early[:, None]
         # With nothing else to sample, a stop token is sampled all the same.
-        scores = np.where(np.isfinite(held).any(axis=1, keepdims=True), held, scores)
-    if (found := table.penalties(slots, fused.ids)) is not None:
-        rows, penalties = found
-        scores = scores.copy()
-        scores[rows] = penalise(scores[rows], penalties)
+        others = np.where(held, -np.inf, scores.upper).max(axis=1, initial=-np.inf)
+        held &= (np.maximum(others, scores.highest) > -np.inf)[:, None]
+        scores = scores._replace(
+            lower=np.where(held, -np.inf, scores.lower), upper=np.where(held, -np.inf, scores.upper)
+        )
+    if (found := table.penalties(slots, fused.table.ids)) is not None:
+        scores = _penalised(scores, fused, *found)
     return scores
 
 
-def _record(table: SequenceTable, fused: Fused, sequences: Int64, columns: Int64) -> Recorded | None:
+def _early(table: SequenceTable, slots: Int64) -> Bool:
+    """bool[B]: no stop token may be sampled yet."""
+    return np.asarray(table.lengths.generated[slots] < table.lengths.min_tokens[slots])
+
+
+def _penalised(scores: Scores, fused: Fused, rows: Int64, penalties: Penalties) -> Scores:
+    """`scores` with the `penalties` of some `rows`. A repetition penalty needs normalised scores, so that their bounds
+    follow from those of the normaliser; and where a penalty is a reward, what is outside of the candidates may gain."""
+    lower, upper, highest = scores.lower.copy(), scores.upper.copy(), scores.highest.copy()
+    plain = scores.plain.copy()
+    repeats = penalties.repetition != 1
+    low = np.where(repeats, fused.bounds.log_low[rows], 0.0)[:, None]
+    high = np.where(repeats, fused.bounds.log_high[rows], 0.0)[:, None]
+    least, most = lower[rows], upper[rows]
+    lower[rows] = np.where(penalties.seen, np.minimum.reduce(_between(least, penalties, low, high)), least)
+    upper[rows] = np.where(penalties.seen, np.maximum.reduce(_between(most, penalties, low, high)), most)
+    rewards = (penalties.presence < 0) | (penalties.frequency < 0) | (penalties.repetition < 1)
+    unknown = rewards | ~np.isfinite(low[:, 0]) | ~np.isfinite(high[:, 0])
+    highest[rows] = np.where(unknown & (fused.bounds.unsettled.tokens[rows] > 0), np.inf, highest[rows])
+    plain[rows] = ~repeats
+    return Scores(lower, upper, highest, plain)
+
+
+def _between(scores: Float64, penalties: Penalties, low: Float64, high: Float64) -> tuple[Float64, Float64, Float64]:
+    """`scores` [B, U] after penalties with the one and the other log-normaliser [B, 1], and the extreme between them:
+    the penalty changes its direction where a score is 0."""
+    first, last = normalised(scores, penalties, low), normalised(scores, penalties, high)
+    return first, last, np.where((scores > low) != (scores > high), scores, first)
+
+
+def normalised(scores: Float64 | Float32, penalties: Penalties, log_normaliser: Float64) -> Float64:
+    """`scores` [B, U], not normalised, after penalties on what they are once they are."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(penalise(scores - log_normaliser, penalties) + log_normaliser)
+
+
+def _middle(fused: Fused, row: int) -> Float64:
+    """Log-probabilities [U] of a row's candidates, in the middle of what the lists allow."""
+    bounds = fused.bounds
+    return np.asarray(bounds.lower[row] - (bounds.log_low[row] + bounds.log_high[row]) / 2)
+
+
+def _unrecordable(table: SequenceTable, fused: Fused, columns: Int64, tolerance: float) -> Bool:
+    """bool[B]: an expert did not list the token; or log-probabilities are asked for, and the normaliser at the
+    sequence's own temperature is not known well enough."""
+    listed = fused.table.listed[np.arange(len(columns)), :, columns]
+    asked = table.top_logprobs[fused.slots] >= 0
+    low, high = fused.bounds.log_normalisers(fused.rule, _powers(table, fused.slots))
+    with np.errstate(invalid="ignore"):
+        apart = high - low
+    return (fused.available & ~listed).any(axis=1) | ~np.isfinite(apart) | (asked & ~(apart <= 2 * tolerance))
+
+
+def _powers(table: SequenceTable, slots: Int64) -> Float64:
+    """[B]: what scores are multiplied by where tokens are sampled; 1 for greedy ones."""
+    temperatures = table.rules.temperature[slots].astype(np.float64)
+    return np.where(temperatures > 0, 1 / np.where(temperatures > 0, temperatures, 1), 1.0)
+
+
+# --- from whole rows ---
+
+
+def _sample_whole(table: SequenceTable, draft: Draft, row: int, whole: WholeRow) -> int:
+    """The token of a row that is known whole, or the one that it has."""
+    if draft.columns[row] >= 0:
+        return int(draft.fused.table.ids[row, draft.columns[row]])
+    slots, choice = draft.fused.slots[row : row + 1], draft.choice
+    begun = RowChoice(draft.fused.table.ids[row], choice.sure[row], float(choice.shift[row]), float(choice.excess[row]))
+    number = float(_numbers(table, slots, again=True)[0])
+    return choose_whole(_adjusted_whole(table, slots, whole), table.rules.of(slots).row(0), begun, number)
+
+
+def _adjusted_whole(table: SequenceTable, slots: Int64, whole: WholeRow) -> Float32:
+    """The scores [V] of one of `slots` after bias, min_tokens and penalties."""
+    scores, slot, exact = whole.scores.copy(), int(slots[0]), table.exact
+    ids = exact.ids[slot]
+    scores[ids[ids >= 0]] += exact.bias[slot][ids >= 0]
+    if _early(table, slots)[0]:
+        held = scores.copy()
+        held[ids[exact.is_stop[slot]]] = -np.inf
+        scores = held if held.max() > -np.inf else scores
+    everything = np.arange(len(scores), dtype=np.int32)[None]
+    if (found := table.penalties(slots, everything)) is not None:
+        penalties = found[1]
+        changed = normalised(scores[None], penalties, np.array([[whole.log_normaliser]]))
+        scores = np.where(penalties.seen, changed, scores[None])[0].astype(np.float32)
+    return scores
+
+
+def _largest(logprobs: Float64, count: int) -> Int64:
+    """Where the `count` largest of `logprobs` [V] stand, best first."""
+    if count <= 0:
+        return np.zeros(0, np.int64)
+    best = np.argpartition(logprobs, -min(count, len(logprobs)))[-count:]
+    best.sort()
+    return np.asarray(best[np.argsort(-logprobs[best], kind="stable")])
+
+
+# --- records ---
+
+
+def _record(
+    table: SequenceTable, draft: Draft, whole: dict[int, WholeRow], tokens: Int32, lost: Bool
+) -> Recorded | None:
     """What the experts showed for the sequences that asked; those that get no token are left out."""
-    recorded = table.recorded[fused.slots]
-    if not recorded.any():
+    if not draft.recorded.any():
         return None
-    rows = np.flatnonzero(recorded & ~fused.lost)
+    fused, rows = draft.fused, np.flatnonzero(draft.recorded & ~lost)
+    token_logprobs = fused.table.logprobs[rows, :, draft.columns[rows]]
+    powers = _powers(table, fused.slots)
+    low, high = fused.bounds.log_normalisers(fused.rule, powers)
+    with np.errstate(invalid="ignore"):
+        normaliser = (low + high) / 2
+    for index, row in enumerate(rows.tolist()):
+        if (known := whole.get(row)) is not None:
+            token_logprobs[index] = -np.inf
+            for expert, logprobs in known.experts.items():
+                token_logprobs[index, expert] = logprobs[tokens[row]]
+            normaliser[row] = _log_sum(known.scores * np.float32(powers[row]))
     return Recorded(
-        sequences[rows].tolist(),
-        fused.sources.ids[rows, :, : fused.read].tobytes(),
-        fused.sources.logprobs[rows, :, : fused.read].tobytes(),
+        table.sequence[fused.slots[rows]].tolist(),
+        fused.ids[rows, :, : fused.read].tobytes(),
+        fused.logprobs[rows, :, : fused.read].tobytes(),
         table.rows.projected[fused.slots[rows]].tobytes(),
-        token_logprobs=fused.table.logprobs[rows, :, columns[rows]].tobytes(),
-        log_normaliser=np.array(
-            [_log_normaliser(table, fused, row, columns[row]) for row in rows], np.float32
-        ).tobytes(),
+        token_logprobs=token_logprobs.astype(np.float32).tobytes(),
+        log_normaliser=normaliser[rows].astype(np.float32).tobytes(),
     )
 
 
-def _log_normaliser(table: SequenceTable, fused: Fused, row: int, column: int) -> float:
-    """Of the scores of the candidates, at the temperature that a row samples at."""
-    temperature = float(table.rules.temperature[fused.slots[row]]) or 1.0
-    logprobs = fused.logprobs[row].astype(np.float64)
-    weights, said = fused.coefficients[row], fused.table.logprobs[row, :, column]
-    counts = weights != 0
-    score = np.log(weights @ np.exp(said)) if fused.prob_space[row] else weights[counts] @ said[counts]
-    moved = float(score - logprobs[column]) / temperature
-    return float(np.log(np.exp(logprobs / temperature).sum()) + moved)
+def _log_sum(values: Float32) -> float:
+    """log sum exp of `values` [V]."""
+    best = values.max()
+    return float(best) + float(np.log(np.exp(values - best).sum(dtype=np.float64)))

@@ -26,6 +26,8 @@ def snapshot(observer: Observer, coordinator: Coordinator, links: Sequence[Exper
         queue_seconds=counters.queue_seconds.snapshot(),
         tick_seconds=clock.ticks.snapshot(),
         phase_seconds={phase.value: seconds for phase, seconds in clock.seconds.items()},
+        bound=counters.bound.snapshot(),
+        whole_rows=dict(counters.whole_rows),
         fusion=observer.tally.snapshot(),
         experts=[_expert(observer, link) for link in links],
     )
@@ -50,4 +52,5 @@ def _expert(observer: Observer, link: ExpertLink) -> ExpertStats:
         masked_rows=own.masked_rows,
         prefilled_tokens=own.prefilled_tokens,
         cached_tokens=own.cached_tokens,
+        received_bytes=dict(own.received_bytes),
     )

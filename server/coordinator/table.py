@@ -88,7 +88,7 @@ class SequenceTable:
     """[S]: more is asked for than the tokens: log-probabilities or the experts' weights."""
 
     top_logprobs: Int32
-    """[S]: alternatives asked for beside each token."""
+    """[S]: alternatives whose log-probabilities are asked for beside each token's, -1 where not even that is."""
 
     recorded: Bool
     """[S]: the experts' rows are asked for."""
@@ -123,6 +123,7 @@ class SequenceTable:
             ids=np.full((slots, experts, top_k), -1, np.int32),
             logprobs=np.full((slots, experts, top_k), -np.inf, np.float32),
             exact=np.full((slots, experts, 1), -np.inf, np.float32),
+            entropies=np.zeros((slots, experts), np.float32),
             projected=np.zeros((slots, experts, projected), np.float32),
             reported=np.zeros((slots, experts), bool),
             usable=np.zeros((slots, experts), bool),
@@ -149,7 +150,7 @@ class SequenceTable:
         )
         self.seeds = np.zeros(slots, np.uint64)
         self.detailed, self.recorded = np.zeros(slots, bool), np.zeros(slots, bool)
-        self.top_logprobs = np.zeros(slots, np.int32)
+        self.top_logprobs = np.full(slots, -1, np.int32)
         self.gate_state = np.zeros((slots, state), np.float32)
         self.needs_scores, self.scored = np.zeros(slots, bool), np.zeros((slots, experts), bool)
         self.cross_entropy = np.zeros((slots, experts), np.float32)
@@ -177,7 +178,7 @@ class SequenceTable:
         self._set_lengths(slot, request, max_tokens)
         self._set_sampling(slot, request)
         self.detailed[slot] = request.top_logprobs is not None or request.expert_weights
-        self.top_logprobs[slot] = request.top_logprobs or 0
+        self.top_logprobs[slot] = -1 if request.top_logprobs is None else request.top_logprobs
         self.recorded[slot] = request.record
         self.gate_state[slot] = 0
         self.needs_scores[slot] = scores

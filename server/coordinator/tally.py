@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from server.coordinator.arrays import Bool, Float32, Float64, Int32, Int64
-from server.coordinator.certificate import VERDICTS, Lists, certify
+from server.coordinator.bounds import VERDICTS, Bounds, verdict
 from server.coordinator.compiled import compiled
-from server.coordinator.fusion import CandidateTable
+from server.coordinator.fuser import Fused
 from server.wire.stats import FusionStats, Histogram
 
 SHARES = tuple(round(0.05 * step, 2) for step in range(1, 21))
@@ -22,29 +22,23 @@ _TOKENS, _DISAGREEMENTS, _VERDICTS = 0, 1, 2
 """Places in the array of totals; the verdicts are the last ones."""
 
 
-class Sources(NamedTuple):
-    """What B tokens were fused from."""
+class Counted(NamedTuple):
+    """What is looked at of B tokens."""
 
-    ids: Int32
-    """[B, E, K]: the experts' lists, best first; -1 where an expert is not available."""
-
-    logprobs: Float32
-    """[B, E, K]: of `ids`; -inf where an expert is not available."""
-
-    expected: Bool
-    """[B, E]: whose rows the policy asked for."""
+    tops: Int32
+    """[B, E]: each expert's most probable token, -1 where it is not available."""
 
     available: Bool
-    """[B, E]: whose rows were usable, of the expected ones."""
+    """[B, E]: whose rows were usable."""
 
-    table: CandidateTable
-    """The candidates, before any look-up."""
+    coefficients: Float32
+    """[B, E]: what they were fused with."""
 
-    prob_space: Bool
-    """[B]: fused as sum_i c_i p_i rather than sum_i c_i log p_i."""
+    candidates: Int32
+    """[B, U]: ids of what the lists hold."""
 
-    vocabulary: int
-    """V."""
+    bounds: Bounds
+    """What the lists say of the scores."""
 
 
 class _Shares(NamedTuple):
@@ -83,9 +77,10 @@ class TokenTally:
         )
         self._totals = np.zeros(_VERDICTS + len(VERDICTS), np.int64)
 
-    def count(self, sources: Sources, coefficients: Float32) -> None:
-        """Count B tokens fused with `coefficients` [B, E]."""
-        _count(sources, coefficients, self._shares, self._totals)
+    def count(self, fused: Fused) -> None:
+        """Count B tokens."""
+        counted = Counted(fused.ids[:, :, 0], fused.available, fused.rule.coefficients, fused.table.ids, fused.bounds)
+        _count(counted, self._shares, self._totals)
 
     def shares(self, expert: int) -> Histogram:
         """An expert's shares |c_i| / sum_j |c_j|."""
@@ -105,10 +100,10 @@ class TokenTally:
 
 
 @compiled
-def _count(sources: Sources, coefficients: Float32, shares: _Shares, totals: Int64) -> None:
+def _count(counted: Counted, shares: _Shares, totals: Int64) -> None:
     """One call for both: crossing into compiled code costs more than counting a few rows."""
-    _count_shares(sources.available, coefficients, shares)
-    _count_choices(sources, coefficients, totals)
+    _count_shares(counted.available, counted.coefficients, shares)
+    _count_choices(counted, totals)
 
 
 @compiled
@@ -136,20 +131,17 @@ def _count_shares(available: Bool, coefficients: Float32, shares: _Shares) -> No
 
 
 @compiled
-def _count_choices(sources: Sources, coefficients: Float32, totals: Int64) -> None:
+def _count_choices(counted: Counted, totals: Int64) -> None:
     """Count in `totals` the fused tokens, those on which the experts differed, and each certificate."""
-    tops, smallest, table = sources.ids[:, :, 0], sources.logprobs[:, :, -1], sources.table
-    for row in range(len(tops)):
+    for row in range(len(counted.tops)):
         usable, first, differ = 0, -1, False
-        for expert in range(tops.shape[1]):
-            if sources.available[row, expert]:
+        for expert in range(counted.tops.shape[1]):
+            if counted.available[row, expert]:
                 usable += 1
-                differ |= first >= 0 and first != tops[row, expert]
-                first = tops[row, expert]
+                differ |= first >= 0 and first != counted.tops[row, expert]
+                first = counted.tops[row, expert]
         if usable < 2:
             continue
         totals[_TOKENS] += 1
         totals[_DISAGREEMENTS] += differ
-        lists = Lists(tops[row], smallest[row], table.ids[row], table.logprobs[row], table.listed[row])
-        verdict = certify(lists, coefficients[row], sources.prob_space[row], sources.vocabulary)
-        totals[_VERDICTS + verdict] += 1
+        totals[_VERDICTS + verdict(counted.candidates[row], counted.bounds, row)] += 1

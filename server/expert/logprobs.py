@@ -30,9 +30,18 @@ class Statistics:
         values = self.logits.gather(-1, ids.clamp(min=0)) - self.log_normaliser
         return values.masked_fill(ids < 0, float("-inf"))
 
-    def rows(self, index: list[int]) -> Statistics:
-        """The statistics of some rows."""
-        return Statistics(self.logits[index], self.log_normaliser[index])
+    def entropies(self) -> torch.Tensor:
+        """float32[B] in nats."""
+        terms: torch.Tensor = torch.special.entr((self.logits - self.log_normaliser).exp())
+        return terms.sum(-1)
+
+    def write(self, row: int, target: torch.Tensor) -> None:
+        """Write the log-probabilities of a row into `target` float32[V] of this host's memory."""
+        logits, normaliser = self.logits[row], self.log_normaliser[row]
+        if logits.is_cpu:
+            torch.sub(logits, normaliser, out=target)
+        else:
+            target.copy_(logits - normaliser)
 
     def row(self, index: int) -> Statistics:
         """A copy of one row's, which does not keep the step's logits alive."""

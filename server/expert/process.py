@@ -133,7 +133,7 @@ def _serve(
         expert=place.expert,
         top_k=terms.list_length,
         projector=projector(terms, gate),
-        retain=True,
+        shares_memory=config.experts[place.expert].address is None,
     ).run()
 
 

@@ -14,7 +14,7 @@ from server.errors import EngineError
 from server.placement import Placement, expert_socket
 from server.wire.base import Stop
 from server.wire.channel import Channel, endpoint
-from server.wire.expert import FromExpert, ToExpert
+from server.wire.expert import FromExpert, GetRows, ToExpert
 
 _MEET_SECONDS = 120.0
 
@@ -90,7 +90,10 @@ class _Follower:
         """Rank 0 says the same."""
 
     def receive(self, timeout: float | None) -> ToExpert | None:
-        return self._channel.receive(timeout)
+        message = self._channel.receive(timeout)
+        while isinstance(message, GetRows):  # rank 0 answers
+            message = self._channel.receive(timeout)
+        return message
 
     def close(self) -> None:
         self._channel.close()

@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from server.expert.engine import Engine, Int32, Rows
 from server.expert.logprobs import Statistics, statistics
 from server.expert.ranks import CoordinatorLink
 from server.wire.base import Stop
-from server.wire.expert import Add, Bare, BareDone, Gather, Gathered, Refused, Report, Scored, Tick
+from server.wire.expert import Add, Bare, BareDone, GetRows, Refused, Report, Scored, Tick, WholeRows
+from server.wire.shared_rows import RowWriter
+
+_NO_SLOTS = np.zeros(0, np.int32)
 
 
 class Projector(Protocol):
@@ -36,12 +38,14 @@ class _Asked:
     """[B, 1]; None when all are 1."""
     exact_ids: torch.Tensor | None
     """int64[B, X], -1 for none; None without any."""
+    entropy: bool
+    """Whether any of them is to carry its entropy."""
 
 
 class Worker:
     """Drives `engine` for the expert with index `expert`, until a `Stop` arrives; leaves it empty.
 
-    `retain`: keep the last logits of parked sequences, for `Gather`.
+    `shares_memory`: the coordinator is on this host, and may name memory for whole rows.
     """
 
     def __init__(
@@ -52,15 +56,16 @@ class Worker:
         expert: int,
         top_k: int,
         projector: Projector | None,
-        retain: bool,
+        shares_memory: bool = True,
     ) -> None:
         self._engine = engine
         self._channel = channel
         self._expert = expert
         self._top_k = top_k
         self._projector = projector
-        self._retain = retain
+        self._writer = RowWriter() if shares_memory else None
         self._retained: dict[int, Statistics] = {}
+        """slot -> the last row of a parked sequence, which may still be asked for whole."""
         self._shown: tuple[Int32, Statistics] | None = None
         self._asked_of: tuple[bytes, _Asked] | None = None
         self._number = 0
@@ -90,8 +95,8 @@ class Worker:
         match self._channel.receive(None):
             case Tick() as tick:
                 self._tick = tick
-            case Gather() as gather:
-                self._answer(gather)
+            case GetRows() as question:
+                self._answer(question)
             case Bare(sequences=sequences, prompt_tokens=prompt_tokens, tokens=tokens):
                 self._channel.send(BareDone(self._engine.bare_steps(sequences, prompt_tokens, tokens)))
             case Stop():
@@ -126,12 +131,12 @@ class Worker:
         """Report `rows`, answer questions about them, return their tokens int32[B]."""
         asked = self._asked(rows)
         figures = statistics(rows.logits, asked.temperatures)
-        self._shown = (rows.slots, figures) if self._retain else None
+        self._shown = (rows.slots, figures)
         self._channel.send(self._report(rows, figures, asked))
         while True:
             match self._channel.receive(None):
-                case Gather() as gather:
-                    self._answer(gather)
+                case GetRows() as question:
+                    self._answer(question)
                 case Tick() as tick:
                     self._tick = tick
                     self._keep_logits(tick.park)  # now: the engine will overwrite them
@@ -140,20 +145,24 @@ class Worker:
                     self._stopped = True
                     return np.zeros(len(rows.slots), np.int32)
 
-    def _answer(self, gather: Gather) -> None:
-        """Exact log-probabilities from the rows shown in this step and those kept of parked sequences."""
-        slots = np.frombuffer(gather.slots, np.int32)
-        ids = np.frombuffer(gather.ids, np.int32).reshape(len(slots), -1)
-        answer = np.full(ids.shape, -np.inf, np.float32)
-        shown, figures = self._shown if self._shown is not None else (np.zeros(0, np.int32), None)
+    def _answer(self, question: GetRows) -> None:
+        """Whole rows of those shown in this step and those kept of parked sequences."""
+        slots = np.frombuffer(question.slots, np.int32).tolist()
+        vocabulary = self._engine.info.vocab_size
+        writer = self._writer if question.memory else None
+        memory = None if writer is None else writer.open(question.memory, vocabulary)
+        rows = np.empty((len(slots), vocabulary), np.float32) if memory is None else memory
+        shown, figures = self._shown if self._shown is not None else (_NO_SLOTS, None)
         row_of = {slot: row for row, slot in enumerate(shown.tolist())}
-        fresh = [index for index, slot in enumerate(slots.tolist()) if slot in row_of]
-        if figures is not None and fresh:
-            answer[fresh] = _gathered(figures.rows([row_of[int(slots[index])] for index in fresh]), ids[fresh])
-        for index, slot in enumerate(slots.tolist()):
-            if slot not in row_of and slot in self._retained:
-                answer[index] = _gathered(self._retained[slot], ids[index : index + 1])[0]
-        self._channel.send(Gathered(gather.number, answer.tobytes()))
+        for index, slot in enumerate(slots):
+            target = torch.from_numpy(rows[index])
+            if figures is not None and slot in row_of:
+                figures.write(row_of[slot], target)
+            elif slot in self._retained:
+                self._retained[slot].write(0, target)
+            else:
+                target.fill_(-torch.inf)
+        self._channel.send(WholeRows(question.number, rows.tobytes() if memory is None else None))
 
     def _report(self, rows: Rows, figures: Statistics, asked: _Asked) -> Report:
         ids, logprobs = figures.top_k(self._top_k)
@@ -164,6 +173,7 @@ class Worker:
             ids=_int32_bytes(ids),
             logprobs=_float32_bytes(logprobs),
             exact=b"" if asked.exact_ids is None else _float32_bytes(figures.gather(asked.exact_ids)),
+            entropies=_float32_bytes(figures.entropies()) if asked.entropy else b"",
             projected=self._project(rows.hidden),
             step_seconds=time.perf_counter() - self._step_started,
             load=self._engine.load(),
@@ -178,7 +188,8 @@ class Worker:
             return self._asked_of[1]
         adds = [self._sequences[slot] for slot in rows.slots.tolist()]
         exact_ids = [_exact_ids(add, position) for add, position in zip(adds, rows.positions.tolist(), strict=True)]
-        asked = _ask([add.temperature for add in adds], exact_ids, rows.logits.device)
+        entropy = any(add.entropy for add in adds)
+        asked = _ask([add.temperature for add in adds], exact_ids, entropy, rows.logits.device)
         self._asked_of = None if any(add.given for add in adds) else (key, asked)
         return asked
 
@@ -200,19 +211,14 @@ def _exact_ids(add: Add, position: int) -> list[int]:
     return add.exact_ids + add.given[place : place + 1]
 
 
-def _ask(temperatures: list[float], exact_ids: list[list[int]], device: torch.device) -> _Asked:
+def _ask(temperatures: list[float], exact_ids: list[list[int]], entropy: bool, device: torch.device) -> _Asked:
     width = max(map(len, exact_ids), default=0)
     padded = [ids + [-1] * (width - len(ids)) for ids in exact_ids]
     return _Asked(
         torch.tensor(temperatures, device=device)[:, None] if any(value != 1.0 for value in temperatures) else None,
         torch.tensor(padded, device=device) if width else None,
+        entropy,
     )
-
-
-def _gathered(figures: Statistics, ids: Int32) -> npt.NDArray[np.float32]:
-    """float32[B, U] log-probabilities of `ids` [B, U]."""
-    wanted = torch.from_numpy(ids.astype(np.int64)).to(figures.logits.device)
-    return np.asarray(figures.gather(wanted).cpu().numpy(), np.float32)
 
 
 def _int32_bytes(tensor: torch.Tensor) -> bytes:

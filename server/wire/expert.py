@@ -37,6 +37,8 @@ class Add(Message, frozen=True, tag="Add"):
     """Also answer with `Scored` for the tokens themselves."""
     grammar: str | None = None
     """Masks the logits of every row, in llguidance's words. An engine that cannot follow it answers with `Refused`."""
+    entropy: bool = False
+    """Every row also carries this expert's entropy."""
     generated: int = 0
     """So many of the tokens, the last, are already part of what the grammar describes."""
     given: list[int] = msgspec.field(default_factory=list)
@@ -54,20 +56,20 @@ class Tick(Message, frozen=True, tag="Tick"):
     drop: list[int]
     """Slots whose sequences leave the engine."""
     park: list[int]
-    """Slots whose sequences leave it too, but may still be asked for by `Gather` until they are added or dropped."""
+    """Slots whose sequences leave it too, but may still be asked for by `GetRows` until they are added or dropped."""
     add: list[Add]
     """Sequences that enter it."""
 
 
-class Gather(Message, frozen=True, tag="Gather"):
-    """Ask for exact log-probabilities. Answered by `Gathered`."""
+class GetRows(Message, frozen=True, tag="GetRows"):
+    """Ask for whole rows. Answered by `WholeRows`."""
 
     number: int
     """Comes back in the answer, so that a late one is not taken for another's."""
     slots: bytes
     """int32[B]: the sequences, of whose last rows."""
-    ids: bytes
-    """int32[B, U]: of which tokens; -1 for none."""
+    memory: str
+    """Where to write them, a `server.wire.shared_rows.RowMemory`; "" for an expert on another host."""
 
 
 class Ready(Message, frozen=True, tag="Ready"):
@@ -113,6 +115,8 @@ class Report(Message, frozen=True, tag="Report"):
     """float32[B, K]: theirs, normalised over the whole vocabulary."""
     exact: bytes
     """float32[B, X]: log-probabilities of each slot's own exact ids; -inf past its own. "" without any."""
+    entropies: bytes
+    """float32[B]: of the rows, in nats, for sequences that were added with `entropy`; "" without any."""
     projected: bytes
     """float32[B, d]: what the gate's projection makes of the hidden states; "" without one."""
     step_seconds: float
@@ -123,13 +127,14 @@ class Report(Message, frozen=True, tag="Report"):
     """Sequence -> prompt tokens found in the prefix cache, for prefills that this step completes."""
 
 
-class Gathered(Message, frozen=True, tag="Gathered"):
-    """Answer to `Gather`."""
+class WholeRows(Message, frozen=True, tag="WholeRows"):
+    """Answer to `GetRows`."""
 
     number: int
     """That of the question."""
-    logprobs: bytes
-    """float32[B, U], normalised over the whole vocabulary; -inf for id -1 and for rows that are not there any more."""
+    logprobs: bytes | None
+    """float32[B, V], normalised over the whole vocabulary; -inf for rows that are not there any more. None: they were
+    written to the memory that the question named."""
 
 
 class Scored(Message, frozen=True, tag="Scored"):
@@ -157,5 +162,5 @@ class BareDone(Message, frozen=True, tag="BareDone"):
     """Duration of each decoding step."""
 
 
-ToExpert = Tick | Gather | Bare | Stop
-FromExpert = Ready | Report | Load | Gathered | Scored | Refused | BareDone
+ToExpert = Tick | GetRows | Bare | Stop
+FromExpert = Ready | Report | Load | WholeRows | Scored | Refused | BareDone

@@ -51,6 +51,8 @@ class ExpertStats(Message, frozen=True, tag="ExpertStats"):
     """Given to the engine with the sequences that it started, those started again included."""
     cached_tokens: int
     """Of these, found in its prefix cache."""
+    received_bytes: dict[str, int]
+    """What it has shown of its distributions: "lists" of each row, and some "rows" whole."""
 
 
 class FusionStats(Message, frozen=True, tag="FusionStats"):
@@ -61,7 +63,7 @@ class FusionStats(Message, frozen=True, tag="FusionStats"):
     disagreements: int
     """Those for which the experts' most probable tokens were not all the same."""
     certificates: dict[str, int]
-    """Verdict of `server.coordinator.certificate` -> tokens that had it."""
+    """Verdict of `server.coordinator.bounds` -> tokens that had it."""
     entropy: Histogram
     """Of the coefficients' shares of each token, in nats."""
 
@@ -93,6 +95,11 @@ class Stats(Message, frozen=True, tag="Stats"):
     """From one start of the engines' steps to the next."""
     phase_seconds: dict[str, float]
     """Phase of the tick -> seconds; the phases make up `tick_seconds`."""
+    bound: Histogram
+    """How far the log of the fused distribution's normaliser may be from what is known of it, for each token, in nats;
+    0 where rows were known whole."""
+    whole_rows: dict[str, int]
+    """Why -> tokens for which the experts were asked for whole rows: for the "token" itself, or for "logprobs"."""
     fusion: FusionStats
     """What came of fusing."""
     experts: list[ExpertStats]

@@ -68,7 +68,7 @@ class Host(threading.Thread):
     def _serve(self, terms: Terms) -> None:
         self.terms.append(terms)
         length = terms.list_length
-        Worker(self._engine, self.listener, expert=self._expert, top_k=length, projector=None, retain=True).run()
+        Worker(self._engine, self.listener, expert=self._expert, top_k=length, projector=None).run()
 
 
 class _KillableListener(Listener):

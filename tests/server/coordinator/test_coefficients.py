@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from scipy.special import log_softmax, softmax
 from scipy.stats import entropy as scipy_entropy
 
-from server.coordinator.coefficients import Evidence, coefficients, plausible, space
+from server.coordinator.coefficients import Evidence, coefficients, plausibility, space
 from server.policy import (
     Contrastive,
     FusionRoute,
@@ -26,18 +28,18 @@ ROWS, VOCABULARY = 9, 20
 
 
 def evidence(seed: int = 0, lost: dict[int, list[int]] | None = None) -> Evidence:
-    """Random rows over whole lists; `lost`: row -> experts that are not available there."""
+    """Of random rows; `lost`: row -> experts that are not available there."""
     rng = np.random.default_rng(seed)
     logprobs = np.sort(log_softmax(2 * rng.normal(size=(ROWS, 3, VOCABULARY)), axis=-1), axis=-1)[..., ::-1]
     available = np.ones((ROWS, 3), bool)
     for row, experts in (lost or {}).items():
         available[row, experts] = False
     return Evidence(
-        logprobs.astype(np.float32).copy(),
-        available,
-        softmax(rng.normal(size=(ROWS, 3)), axis=1).astype(np.float32),
-        rng.uniform(0.5, 4, (ROWS, 3)).astype(np.float32),
-        VOCABULARY,
+        available=available,
+        confidence=logprobs[:, :, 0].astype(np.float32),
+        entropy=scipy_entropy(np.exp(logprobs), axis=-1).astype(np.float32),
+        gate=softmax(rng.normal(size=(ROWS, 3)), axis=1).astype(np.float32),
+        cross_entropy=rng.uniform(0.5, 4, (ROWS, 3)).astype(np.float32),
     )
 
 
@@ -72,10 +74,9 @@ def test_the_gate_is_taken_as_it_is():
 
 def test_select_takes_one_expert_a_row():
     given = evidence(2)
-    probabilities = np.exp(given.logprobs.astype(np.float64))
     winners = {
-        "confidence": probabilities.max(axis=2).argmax(axis=1),
-        "entropy": scipy_entropy(probabilities, axis=2).argmin(axis=1),
+        "confidence": given.confidence.argmax(axis=1),
+        "entropy": given.entropy.argmin(axis=1),
         "gate": given.gate.argmax(axis=1),
     }
     for by, winner in winners.items():
@@ -170,14 +171,22 @@ def test_a_lost_expert_in_one_row_changes_no_other_row(policy):
     np.testing.assert_array_equal(whole[others], lost[others])
 
 
-def test_the_plausible_are_not_far_below_the_experts_best():
-    values = log_softmax(np.random.default_rng(0).normal(size=(ROWS, 3, VOCABULARY)) * 2, axis=-1).astype(np.float32)
-    found = plausible(Contrastive("b", "a", plausibility=0.2), EXPERTS, values)
-    probabilities = np.exp(values[:, 1].astype(np.float64))
-    np.testing.assert_array_equal(found, probabilities >= 0.2 * probabilities.max(axis=1, keepdims=True))
-    assert 0 < found.sum() < found.size
-    assert plausible(Contrastive("b", "a", plausibility=0.0), EXPERTS, values).all()
-    assert plausible(Uniform(), EXPERTS, values) is None
+def test_some_rows_of_the_evidence():
+    given, which = evidence(12, {3: [1]}), np.array([3, 5])
+    some = given.only(which)
+    for name in ("available", "confidence", "entropy", "gate", "cross_entropy"):
+        np.testing.assert_array_equal(getattr(some, name), getattr(given, name)[which])
+    for policy in (Uniform(), Gate(), Select("entropy"), Perplexity()):
+        np.testing.assert_array_equal(coefficients(policy, EXPERTS, some), rule(policy, given)[which])
+
+
+def test_plausibility_is_the_leader_and_the_log_of_a_share():
+    assert plausibility(Contrastive("b", "a", plausibility=0.2), EXPERTS) == (1, pytest.approx(math.log(0.2)))
+    assert plausibility(Contrastive("c", "a", plausibility=1.0), EXPERTS) == (2, 0.0)
+    leader, everything = plausibility(Contrastive("a", "b", plausibility=0.0), EXPERTS)
+    assert leader == 0 and math.isfinite(everything) and everything < -60
+    for policy in (Uniform(), Single("a"), Proxy("a", "b", "c"), Weights({"a": 1.5, "b": -0.5})):
+        assert plausibility(policy, EXPERTS) == (-1, 0.0)
 
 
 def test_spaces():

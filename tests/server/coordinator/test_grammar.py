@@ -46,6 +46,7 @@ def test_no_forbidden_token(tmp_path, rng, models, length, temperature):
                 temperature=temperature,
                 presence_penalty=2.0,
                 grammar=GRAMMAR,
+                top_logprobs=5,
             )
             for policy in POLICIES
         ]
@@ -56,7 +57,11 @@ def test_no_forbidden_token(tmp_path, rng, models, length, temperature):
     for each in requests:
         assert deployment.ended[each.id].reason is FinishReason.LENGTH
         for position, token in enumerate(deployment.tokens[each.id]):
-            assert token in allowed(GRAMMAR, position), each.policy
+            possible = allowed(GRAMMAR, position)
+            assert token in possible, each.policy
+            alternatives = {other for other, _ in deployment.details[each.id][position].top}
+            assert alternatives <= possible, each.policy
+            assert len(alternatives) == min(5, len(possible)) or isinstance(each.policy, Contrastive)
 
 
 @pytest.mark.parametrize("min_tokens", [0, 9])

@@ -7,16 +7,27 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from scipy.special import log_softmax
+from scipy.special import log_softmax, logsumexp
 
 from gate.contract import Contract, vocabulary_hash
 from gate.training.recording_gate import UniformGate, wrap
-from server.policy import Gate, Single, Uniform
+from server.policy import Contrastive, Gate, Product, Single, Uniform, Weights
 from server.wire.api import GateLoaded, LoadGate, Recorded
 from tests.support import demo
+from tests.support.coordinator.alone import expert_logprobs
 from tests.support.coordinator.harness import Deployment
 from tests.support.coordinator.random_requests import request
 from tests.support.fake_engine import HIDDEN, VOCABULARY, Behaviour, FakeEngine
+
+FUSIONS = [
+    (Uniform(), [0.5, 0.5], False),
+    (Uniform("prob"), [0.5, 0.5], True),
+    (Product(), [1.0, 1.0], False),
+    (Weights({"a": 1.5, "b": -0.5}), [1.5, -0.5], False),
+    (Weights({"a": 0.9, "b": 0.4}, space="prob"), [0.9, 0.4], True),
+    (Single("b"), [0.0, 1.0], False),
+]
+"""(policy, its coefficients, whether they weigh probabilities)."""
 
 
 class Only(UniformGate):
@@ -83,6 +94,54 @@ def test_a_record_is_what_every_expert_said(tmp_path, rng, models, policy):
                 wanted_ids, wanted = expect(model, each.prompts[expert] + tokens[:at])
                 np.testing.assert_array_equal(ids[expert], wanted_ids)
                 np.testing.assert_allclose(logprobs[expert], wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 4, VOCABULARY])
+@pytest.mark.parametrize(("policy", "weights", "prob"), FUSIONS)
+def test_a_record_has_what_replays_the_law_that_the_token_was_sampled_from(
+    tmp_path, rng, models, policy, weights, prob, length
+):
+    """Each expert's log-probability of the token, which it need not have listed, and the fused normaliser at the
+    temperature."""
+    engines = [FakeEngine(models[0], Behaviour(chunk=5)), FakeEngine(models[1])]
+    with Deployment(tmp_path, engines, list_length=length) as deployment:
+        asked = [
+            request(rng, (9, 14), policy, max_tokens=6, record=True, top_logprobs=0, temperature=temperature)
+            for temperature in (0.0, 0.6, 1.0, 1.7)
+        ]
+        given = request(rng, (4, 4), policy, max_tokens=6, record=True, top_logprobs=0, given=[1, 2, 3, 4])
+        others = [request(rng, policy=policy, max_tokens=6, temperature=0.0) for _ in range(2)]
+        deployment.run(*asked, given, *others)
+    for each in (*asked, given):
+        tokens, found = deployment.tokens[each.id], replayed(deployment.records, each.id)
+        assert len(found) == len(tokens)
+        for at, (token_logprobs, log_normaliser) in enumerate(found):
+            said = [expert_logprobs(each, model, expert, tokens[:at]) for expert, model in enumerate(models)]
+            np.testing.assert_allclose(token_logprobs, [row[tokens[at]] for row in said], atol=1e-4)
+            scores = fused_scores(said, weights, prob) / (each.sampling.temperature or 1.0)
+            assert log_normaliser == pytest.approx(logsumexp(scores), abs=1e-3 + 1e-4)
+
+
+@pytest.mark.parametrize(("policy", "weights", "prob"), FUSIONS)
+def test_a_record_without_logprobs_has_a_normaliser_too(tmp_path, rng, models, policy, weights, prob):
+    """Some number in the middle of what the lists allow, also where the tokens are given, so that the lists need not
+    settle anything; in prob space it is known."""
+    with Deployment(tmp_path, [FakeEngine(model) for model in models], list_length=4) as deployment:
+        sampled = [request(rng, (9, 9), policy, max_tokens=8, record=True) for _ in range(3)]
+        given = [replace(each, id=each.id + 20_000, given=[1, 2, 3, 4, 5, 6, 7, 8]) for each in sampled]
+        plain = request(rng, (9, 9), Contrastive("a", "b"), max_tokens=8)
+        deployment.run(*sampled, *given, plain)
+        found = deployment.stats()
+    assert sum(found.bound.counts) == found.tokens
+    for each in (*sampled, *given):
+        tokens, known = deployment.tokens[each.id], replayed(deployment.records, each.id)
+        assert len(known) == len(tokens) == 8
+        for at, (token_logprobs, log_normaliser) in enumerate(known):
+            said = [expert_logprobs(each, model, expert, tokens[:at]) for expert, model in enumerate(models)]
+            np.testing.assert_allclose(token_logprobs, [row[tokens[at]] for row in said], atol=1e-4)
+            assert np.isfinite(log_normaliser)
+            if prob:
+                assert log_normaliser == pytest.approx(np.log(sum(weights)), abs=1e-5)
 
 
 def test_tracing_changes_nothing(tmp_path, rng, models):
@@ -156,6 +215,24 @@ def test_without_a_gate_none_is_loaded(tmp_path, models):
     path = recording(tmp_path / "first.pt", ["a", "b"], chosen=0)
     with Deployment(tmp_path, [FakeEngine(model) for model in models]) as deployment:
         assert "without a gate" in deployment.ask(LoadGate(str(path)), GateLoaded).problem
+
+
+def fused_scores(said: list[np.ndarray], weights: list[float], prob: bool) -> np.ndarray:
+    """float64[V], not normalised."""
+    if prob:
+        return np.log(sum(weight * np.exp(row) for row, weight in zip(said, weights, strict=True)))
+    return np.asarray(sum(weight * row for row, weight in zip(said, weights, strict=True)))
+
+
+def replayed(records: list[Recorded], sequence: int) -> list[tuple[np.ndarray, float]]:
+    """(log-probabilities of the token [E], log of the normaliser) at each token of one sequence."""
+    found = []
+    for record in records:
+        if sequence in record.sequences:
+            row, count = record.sequences.index(sequence), len(record.sequences)
+            token_logprobs = np.frombuffer(record.token_logprobs, np.float32).reshape(count, 2)[row]
+            found.append((token_logprobs, float(np.frombuffer(record.log_normaliser, np.float32)[row])))
+    return found
 
 
 def rows(records: list[Recorded], sequence: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -10,7 +10,8 @@ import pytest
 from scipy import stats
 from scipy.special import log_softmax
 
-from server.coordinator.sampling import Penalties, Rules, choose, penalise, uniforms
+from server.coordinator.bounds import Bounds, Rule, Unknown
+from server.coordinator.sampling import Choice, Penalties, Rules, Scores, choose, penalise, uniforms
 from tests.support.coordinator.alone import truncate, uniform
 
 
@@ -23,12 +24,23 @@ def rules(rows: int, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0) -> Rules:
     )
 
 
+def choose_known(ids: np.ndarray, scores: np.ndarray, how: Rules, numbers: np.ndarray) -> Choice:
+    """From candidates `ids` [B, U] whose `scores` [B, U] are known, and beside which there is nothing."""
+    rows, scores = len(ids), scores.astype(np.float64)
+    nothing, zero = np.full(rows, -np.inf), np.zeros(rows)
+    none = Unknown(np.zeros(rows, np.int64), np.zeros((rows, 1)), np.full((rows, 1), -np.inf))
+    bounds = Bounds(scores, scores, nothing, zero, zero, none, none)
+    rule = Rule(np.ones((rows, 1), np.float32), np.zeros(rows, bool), np.full(rows, -1), np.zeros(rows, np.float32))
+    return choose(ids, Scores(scores, scores, nothing, np.ones(rows, bool)), bounds, rule, how, numbers)
+
+
 def sample(ids, scores, numbers, **parameters) -> np.ndarray:
     """The ids sampled for one row of `scores`, once for each of `numbers`."""
     rows = len(numbers)
     ids, scores = np.tile(np.asarray(ids, np.int32), (rows, 1)), np.tile(np.asarray(scores, np.float32), (rows, 1))
-    columns = choose(ids, scores, rules(rows, **parameters), np.asarray(numbers, np.float64))
-    return ids[0, columns]
+    choice = choose_known(ids, scores, rules(rows, **parameters), np.asarray(numbers, np.float64))
+    assert (choice.columns >= 0).all()
+    return ids[0, choice.columns]
 
 
 SETTINGS = [
@@ -109,7 +121,18 @@ def test_rows_are_sampled_by_their_own_rules():
         np.array([0, 0, 0, 3], np.int32),
         np.zeros(4, np.float32),
     )
-    assert choose(ids, scores, mixed, np.full(4, 0.9999)).tolist() == [0, 3, 1, 2]
+    choice = choose_known(ids, scores, mixed, np.full(4, 0.9999))
+    assert choice.columns.tolist() == [0, 3, 1, 2]
+    assert [mixed.row(row).temperature for row in range(4)] == [0.0, 1.0, 1.0, 1.0]
+    some = choice.only(np.array([False, True, False, True]))
+    assert some.columns.tolist() == [3, 2] and some.sure.shape == (2, 4)
+
+
+def test_where_nothing_can_be_sampled_nothing_is():
+    nothing = np.full((2, 3), -np.inf)
+    choice = choose_known(np.tile(np.arange(3, dtype=np.int32), (2, 1)), nothing, rules(2), np.array([0.0, 0.9]))
+    assert choice.columns.tolist() == [-1, -1] and np.isinf(choice.excess).all()
+    assert choose_known(np.array([[4, 5, 6]], np.int32), nothing[:1], rules(1, 0.0), np.zeros(1)).columns[0] == -1
 
 
 def test_uniforms_are_splitmix64_of_seed_and_position():

@@ -8,10 +8,12 @@ import time
 import numpy as np
 import pytest
 
+from server.coordinator.bounds import Rule, bound
 from server.coordinator.clock import Phase, TickClock, timed
+from server.coordinator.fuser import Fused
 from server.coordinator.fusion import tabulate
-from server.coordinator.tally import Sources, TokenTally
-from server.policy import Contrastive, Uniform, Weights
+from server.coordinator.tally import TokenTally
+from server.policy import Uniform, Weights
 from server.wire.stats import Histogram
 from tests.support.coordinator.harness import Deployment
 from tests.support.coordinator.random_requests import request
@@ -27,10 +29,14 @@ def count(tally: TokenTally, tops: list[list[int]], coefficients: list[list[floa
     logprobs = np.broadcast_to(np.log(np.array([0.7, 0.2], np.float32)), ids.shape).copy()
     usable = np.ones(first.shape, bool) if available is None else np.array(available)
     ids[~usable], logprobs[~usable] = -1, -np.inf
-    exact = np.full((len(ids), 1), -1, np.int32), np.full((*first.shape, 1), -np.inf, np.float32)
+    rows = len(ids)
+    exact = np.full((rows, 1), -1, np.int32), np.full((*first.shape, 1), -np.inf, np.float32)
     table = tabulate(ids, logprobs, *exact, VOCABULARY)
-    sources = Sources(ids, logprobs, np.ones_like(usable), usable, table, np.zeros(len(ids), bool), VOCABULARY)
-    tally.count(sources, np.array(coefficients, np.float32))
+    unmasked = np.full(rows, -1, np.int64), np.zeros(rows, np.float32)
+    rule = Rule(np.array(coefficients, np.float32), np.zeros(rows, bool), *unmasked)
+    bounds = bound(table, logprobs[:, :, -1], rule, VOCABULARY)
+    slots, ungated = np.arange(rows), np.zeros(rows, bool)
+    tally.count(Fused(slots, ids, logprobs, np.ones_like(usable), usable, table, rule, bounds, ungated, 2))
 
 
 def in_bucket(histogram: Histogram, value: float) -> int:
@@ -72,8 +78,8 @@ def test_tokens_of_one_expert_are_not_fused():
 
 
 def test_a_deployment_counts(tmp_path, rng, models):
-    with Deployment(tmp_path, [FakeEngine(model) for model in models]) as deployment:
-        policies = [Uniform(), Weights({"a": 0.9, "b": 0.1}), Contrastive("a", "b")]
+    with Deployment(tmp_path, [FakeEngine(model) for model in models], list_length=4) as deployment:
+        policies = [Uniform(), Weights({"a": 0.9, "b": 0.1}), Weights({"a": 1.5, "b": -0.5})]
         requests = [request(rng, policy=policy, max_tokens=6, stop_token_ids=[]) for policy in policies]
         deployment.run(*requests)
         stats = deployment.stats()

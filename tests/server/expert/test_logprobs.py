@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax
+from scipy.stats import entropy
 
 from server.expert.logprobs import statistics
 
@@ -68,12 +69,37 @@ def test_a_row_without_a_distribution_shows_it(value):
     assert not torch.isfinite(found[0]).any() and torch.isfinite(found[1]).all()
 
 
-def test_some_rows_and_a_copy_that_outlives_the_step():
+def test_a_copy_of_a_row_outlives_the_step():
     values = logits(4)
     expected = whole(values)
-    figures = statistics(values)
     every = torch.arange(30)[None]
-    np.testing.assert_allclose(figures.rows([3, 0]).gather(every.expand(2, -1)).numpy(), expected[[3, 0]], atol=1e-5)
-    copy = figures.row(2)
+    copy = statistics(values).row(2)
     values.fill_(-torch.inf)  # as the engine does when the token is known
     np.testing.assert_allclose(copy.gather(every).numpy(), expected[2:3], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_entropies(dtype):
+    values, heat = logits().to(dtype), torch.tensor([[0.3], [0.7], [1.0], [2.0], [9.0]])
+    plain = statistics(values).entropies().numpy()
+    np.testing.assert_allclose(plain, entropy(np.exp(whole(values)), axis=1), rtol=1e-4)
+    heated = statistics(values, heat).entropies().numpy()
+    np.testing.assert_allclose(heated, entropy(np.exp(whole(values.double() / heat)), axis=1), rtol=1e-4)
+    assert heated[0] < heated[-1] <= np.log(30) + 1e-5
+
+
+def test_entropy_ignores_impossible_tokens():
+    values = torch.tensor([[np.log(0.75), np.log(0.25), -np.inf], [0.0, -np.inf, -np.inf]])
+    np.testing.assert_allclose(statistics(values).entropies().numpy(), [entropy([0.75, 0.25]), 0.0], atol=1e-6)
+
+
+def test_whole_rows_are_written_into_memory_of_this_host():
+    values, heat = logits(4), torch.tensor([[0.5], [1.0], [1.0], [3.0]])
+    values[1, 5:] = -torch.inf
+    memory = np.full((3, 30), 7, np.float32)
+    figures = statistics(values, heat)
+    figures.write(3, torch.from_numpy(memory[0]))
+    figures.row(1).write(0, torch.from_numpy(memory[2]))
+    expected = whole(values.double() / heat)
+    np.testing.assert_allclose(memory, [expected[3], np.full(30, 7), expected[1]], atol=1e-5)
+    assert np.isneginf(memory[2, 5:]).all()

@@ -1,65 +1,15 @@
-"""The worker over a fake engine, told what to do message by message, in one thread."""
+"""The worker over a fake engine, told what to do message by message, in one thread. Whole rows: `test_worker_rows`."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from scipy.special import log_softmax
+from scipy.stats import entropy
 
-from server.expert.worker import Worker
-from server.wire.base import Stop
-from server.wire.expert import Add, Bare, BareDone, Gather, Gathered, Load, Ready, Report, Scored, Tick
-from tests.support.fake_engine import VOCABULARY, Behaviour, FakeEngine, FakeModel
-
-MODEL = FakeModel(0)
-Answer = Callable[["Script"], object]
-
-
-class Script:
-    """A conversation: `says` are the coordinator's messages in order, each given as it is or made from what came so
-    far; then `Stop`."""
-
-    def __init__(self, *says: object | Answer) -> None:
-        self._says = [*says, Stop()]
-        self.heard: list = []
-
-    def receive(self, timeout):
-        assert timeout is None
-        said = self._says.pop(0)
-        return said(self) if callable(said) else said
-
-    def send(self, message) -> None:
-        self.heard.append(message)
-
-    def close(self) -> None: ...
-
-    @property
-    def reports(self) -> list[Report]:
-        return [message for message in self.heard if isinstance(message, Report)]
-
-    def of(self, kind: type) -> list:
-        return [message for message in self.heard if isinstance(message, kind)]
-
-
-def run(
-    *says: object | Answer, behaviour: Behaviour | None = None, top_k=4, projector=None, retain=False
-) -> tuple[Script, FakeEngine]:
-    engine = FakeEngine(MODEL, behaviour, want_hidden=projector is not None)
-    script = Script(*says)
-    Worker(engine, script, expert=1, top_k=top_k, projector=projector, retain=retain).run()
-    return script, engine
-
-
-def tick(number: int = 1, *, tokens=(), drop=(), park=(), add=()) -> Tick:
-    return Tick(number, np.array(tokens, np.int32).tobytes(), list(drop), list(park), list(add))
-
-
-def tokens_for(report: Report, **chosen: int) -> list[int]:
-    """`s3=7` chooses token 7 for slot 3, in the order of the report's rows."""
-    return [chosen[f"s{slot}"] for slot in np.frombuffer(report.slots, np.int32)]
+from server.wire.expert import Add, Bare, BareDone, Load, Ready, Report, Scored, WholeRows
+from tests.support.fake_engine import VOCABULARY, Behaviour
+from tests.support.worker_script import MODEL, get_rows, run, tick, tokens_for, whole
 
 
 def rows_of(report: Report) -> dict[int, tuple[int, np.ndarray, np.ndarray]]:
@@ -74,14 +24,6 @@ def rows_of(report: Report) -> dict[int, tuple[int, np.ndarray, np.ndarray]]:
 def exact_of(report: Report) -> dict[int, np.ndarray]:
     slots = np.frombuffer(report.slots, np.int32)
     return dict(zip(slots.tolist(), np.frombuffer(report.exact, np.float32).reshape(len(slots), -1), strict=True))
-
-
-def whole(tokens: list[int], temperature: float = 1.0) -> np.ndarray:
-    return log_softmax(MODEL.logits(tokens).astype(np.float64) / temperature)
-
-
-def gather(slots: list[int], ids: list[list[int]]) -> Gather:
-    return Gather(1, np.array(slots, np.int32).tobytes(), np.array(ids, np.int32).tobytes())
 
 
 def test_a_conversation_from_ready_to_stop():
@@ -176,47 +118,21 @@ def test_a_slot_that_changes_hands_in_one_tick():
         np.testing.assert_allclose(exact_of(report)[0], expected[ids], atol=1e-5)
 
 
-def test_gather_answers_for_shown_rows_and_for_parked_ones():
-    """Asked in the middle of a step, after one in which slot 0 was parked, and between steps; a dropped one is gone."""
-    ids = [[3, -1, 47], [0, 1, 2], [9, 9, 9]]
+def test_rows_carry_entropies_where_a_sequence_asks():
+    """All of a step's rows do, as long as one of them asks."""
     script, _ = run(
-        tick(add=[Add(0, 1, [1, 1], 0), Add(1, 2, [2], 1, temperature=0.5), Add(2, 3, [3], 2)]),
-        gather([2, 0, 1], ids),
-        lambda so_far: tick(2, tokens=tokens_for(so_far.reports[-1], s0=0, s1=6, s2=0), park=[0], drop=[2]),
-        gather([0, 1, 2], ids),
-        lambda so_far: tick(3, tokens=[5], park=[1]),
-        gather([0, 1], ids[:2]),
-        tick(4, drop=[0]),
-        gather([0, 1], ids[:2]),
-        top_k=2,
-        retain=True,
+        tick(add=[Add(0, 1, [1, 2], 0), Add(1, 2, [3], 1, temperature=0.5)]),
+        lambda so_far: tick(2, tokens=[0, 0], add=[Add(2, 3, [4], 2, entropy=True)]),
+        lambda so_far: tick(3, tokens=tokens_for(so_far.reports[-1], s0=9, s1=9, s2=9), drop=[2]),
+        lambda so_far: tick(4, tokens=[0, 0], drop=[0, 1]),
     )
-    answers = [np.frombuffer(answer.logprobs, np.float32).reshape(-1, 3) for answer in script.of(Gathered)]
-    parked, moved = whole([1, 1]), whole([2, 6], 0.5)
-    nothing = [-np.inf] * 3
-    np.testing.assert_allclose(
-        answers[0], [[whole([3])[3], -np.inf, whole([3])[47]], parked[:3], whole([2], 0.5)[[9, 9, 9]]], atol=1e-5
-    )
-    np.testing.assert_allclose(answers[1], [[parked[3], -np.inf, parked[47]], moved[:3], nothing], atol=1e-5)
-    np.testing.assert_allclose(answers[2], [[parked[3], -np.inf, parked[47]], moved[:3]], atol=1e-5)
-    np.testing.assert_allclose(answers[3], [nothing, moved[:3]], atol=1e-5)
-
-
-def test_a_sequence_that_comes_back_forgets_its_parked_row():
-    script, _ = run(
-        tick(add=[Add(0, 1, [1, 1], 0)]),
-        lambda so_far: tick(2, tokens=[0], park=[0]),
-        tick(3, add=[Add(0, 1, [1, 1, 4], 0)]),
-        gather([0], [[3, 4]]),
-        lambda so_far: tick(4),
-        gather([0], [[3, 4]]),
-        lambda so_far: tick(5, tokens=[0], drop=[0]),
-        behaviour=Behaviour(chunk=2),
-        retain=True,
-    )
-    early, due = (np.frombuffer(answer.logprobs, np.float32) for answer in script.of(Gathered))
-    assert np.isneginf(early).all()
-    np.testing.assert_allclose(due, whole([1, 1, 4])[[3, 4]], atol=1e-5)
+    before, asked, after = script.reports
+    assert before.entropies == after.entropies == b""
+    slots = np.frombuffer(asked.slots, np.int32).tolist()
+    found = dict(zip(slots, np.frombuffer(asked.entropies, np.float32).tolist(), strict=True))
+    expected = {0: whole([1, 2, 0]), 1: whole([3, 0], 0.5), 2: whole([4])}
+    for slot, logprobs in expected.items():
+        assert found[slot] == pytest.approx(float(entropy(np.exp(logprobs))), rel=1e-4)
 
 
 class Projector:
@@ -258,7 +174,7 @@ def test_a_stop_in_the_middle_of_a_step_ends_it():
 
 
 def test_bare_runs_and_unknown_slots():
-    script, _ = run(Bare(2, 8, 3), tick(drop=[5], park=[6]), gather([4], [[1, 2]]))
+    script, _ = run(Bare(2, 8, 3), tick(drop=[5], park=[6]), get_rows([4]))
     assert script.of(BareDone) == [BareDone([0.002] * 3)]
-    assert np.isneginf(np.frombuffer(script.of(Gathered)[0].logprobs, np.float32)).all()
+    assert np.isneginf(np.frombuffer(script.of(WholeRows)[0].logprobs, np.float32)).all()
     assert not script.reports

@@ -10,7 +10,7 @@ from server.policy import Single
 from server.remote.agreement import Offer, Terms, offer
 from server.remote.dialer import Dialer
 from server.request import FinishReason
-from tests.support.coordinator.alone import HALF, assert_alone, generate, shares
+from tests.support.coordinator.alone import HALF, along, assert_alone, assert_details, generate, shares
 from tests.support.coordinator.random_requests import request
 from tests.support.fake_engine import VOCABULARY, Behaviour, FakeEngine, FakeModel
 from tests.support.two_hosts import KEY, TwoHosts
@@ -43,6 +43,20 @@ def test_the_text_is_the_same_as_on_one_host(tmp_path, rng, models):
         assert_alone(deployment, requests, [generate(each, models, HALF) for each in requests])
         assert deployment.host.terms == [Terms(VOCABULARY, "none")]
         assert deployment.notes == [""] or deployment.notes[-1] == ""
+
+
+def test_whole_rows_come_over_the_network(tmp_path, rng, models):
+    """The other host cannot write to this one's memory."""
+    with TwoHosts(tmp_path, engines(models, chunk=9), list_length=4) as deployment:
+        requests = [request(rng, max_tokens=15, temperature=0.0, top_logprobs=2) for _ in range(4)]
+        deployment.run(*requests)
+        assert_alone(deployment, requests, [generate(each, models, HALF) for each in requests])
+        for each in requests:
+            tokens = deployment.tokens[each.id]
+            assert_details(deployment.details[each.id], tokens, along(each, models, HALF, tokens), error=1e-3 + 1e-5)
+        here, there = (expert.received_bytes for expert in deployment.stats().experts)
+        assert here["rows"] == there["rows"] > 0
+        assert deployment.host.terms == [Terms(4, "none")]
 
 
 # --- what breaks ---

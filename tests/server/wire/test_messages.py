@@ -23,7 +23,7 @@ from server.wire.api import (
     TokenDetails,
 )
 from server.wire.base import Message, Stop
-from server.wire.expert import Add, Bare, BareDone, Gather, Gathered, Load, Ready, Refused, Report, Scored, Tick
+from server.wire.expert import Add, Bare, BareDone, GetRows, Load, Ready, Refused, Report, Scored, Tick, WholeRows
 from server.wire.stats import ExpertStats, FusionStats, Histogram, Stats
 from server.wire.supervisor import CoordinatorReady, Drain, Drained, ExpertDown, ExpertUp, RemoteNote, RestartExpert
 
@@ -42,8 +42,11 @@ REQUEST = SequenceRequest(
 )
 HISTOGRAM = Histogram([0.1, 1.0], [3, 0, 2], 4.5)
 LOAD = Load(0.25, 3, 1)
-EXPERT = ExpertStats("a", True, "0.32.0", 2, HISTOGRAM, 5, HISTOGRAM, 0.5, 4, 0.25, 1024, 3, 1, 7, 70, 32)
+REPORT = Report(1, *(bytes([number] * 8) for number in range(7)), 0.01, LOAD, {2**40: 16})
+BYTES, WHOLE = {"lists": 9, "rows": 2**40}, {"token": 3, "logprobs": 0}
+EXPERT = ExpertStats("a", True, "0.32.0", 2, HISTOGRAM, 5, HISTOGRAM, 0.5, 4, 0.25, 1024, 3, 1, 7, 70, 32, BYTES)
 FUSION = FusionStats(18, 6, {"certain": 12, "open": 6}, HISTOGRAM)
+STATS = Stats(*range(8), {"stop": 2}, HISTOGRAM, HISTOGRAM, {"fuse": 0.5}, HISTOGRAM, WHOLE, FUSION, [EXPERT])
 
 SAMPLES = {
     api.FromApi: [
@@ -61,21 +64,22 @@ SAMPLES = {
         GateLoaded("no gate checkpoint at /gates/gate.pt"),
         Ended(5, FinishReason.ERROR, message="the queue is full", code="overloaded"),
         Status(True, False, {"a": "up", "b": "starting"}),
-        Stats(1, 2, 3, 4, 5, 6, 7, 8, {"stop": 2}, HISTOGRAM, HISTOGRAM, {"fuse": 0.5}, FUSION, [EXPERT]),
+        STATS,
         BareTimes({0: [0.1, 0.2], 3: []}),
         Stop(),
     ],
     expert.ToExpert: [
         Tick(3, b"\x01\x00\x00\x00", [1], [2, 3], [Add(1, 2**40, [5, 6], -(2**50), [7], 0.5, True)]),
-        Gather(7, b"\x00" * 8, b"\xff" * 16),
+        GetRows(7, b"\x00" * 8, "/proc/17/fd/5"),
         Bare(1, 2, 3),
         Stop(),
     ],
     expert.FromExpert: [
         Ready(4096, 16, 2048, 264, 128, "0.32.0"),
-        Report(1, b"\x00" * 4, b"\x01" * 4, b"\x02" * 8, b"\x03" * 8, b"", b"\x04" * 4, 0.01, LOAD, {2**40: 16}),
+        REPORT,
         LOAD,
-        Gathered(7, b"\x00\x00\x80\xff"),
+        WholeRows(7, b"\x00\x00\x80\xff"),
+        WholeRows(7, None),
         Scored(2**40, b"\x00" * 8),
         Refused(2**40, "not a grammar"),
         BareDone([0.1, 0.2]),

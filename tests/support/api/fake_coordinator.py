@@ -160,8 +160,12 @@ def failure(code: str = "", message: str = "the expert 'math' was lost") -> Call
 
 def stats() -> Stats:
     histogram = Histogram([0.1, 1.0], [1, 2, 3], 4.5)
-    expert = ExpertStats("math", True, "0.32.0", 0, histogram, 5, histogram, 0.5, 4, 0.25, 1024, 2, 0, 0, 70, 32)
+    received = {"lists": 9000, "rows": 1056}
+    expert = ExpertStats(
+        "math", True, "0.32.0", 0, histogram, 5, histogram, 0.5, 4, 0.25, 1024, 2, 0, 0, 70, 32, received
+    )
     fusion = FusionStats(18, 6, {"certain": 12, "open": 5, "unbounded": 1}, histogram)
+    phases, whole = {"engine": 0.4, "fuse": 0.1}, {"token": 3, "logprobs": 1}
     return Stats(
-        10, 20, 2, 1, 0, 0, 0, 0, {"stop": 3}, histogram, histogram, {"engine": 0.4, "fuse": 0.1}, fusion, [expert]
+        10, 20, 2, 1, 0, 0, 0, 0, {"stop": 3}, histogram, histogram, phases, histogram, whole, fusion, [expert]
     )

@@ -1,7 +1,9 @@
 """One sequence generated alone, by full-history fusion in plain Python and NumPy, float64, over the whole vocabulary.
 
-Written from the definitions; shares nothing with the coordinator but the request. What a sequence must come to, however
-it was batched, parked, preempted or restarted.
+Written from the definitions; shares nothing with the coordinator but the request. What a greedy sequence must come to,
+however it was batched, parked, preempted or restarted, and however short the experts' lists are. A sampled one must
+come to the same only where the lists hold the whole vocabulary: else its random numbers mean other tokens, by the same
+law.
 """
 
 from __future__ import annotations
@@ -11,9 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 from scipy.special import log_softmax, logsumexp
 
 from server.request import FinishReason, SamplingParams, SequenceRequest
+from server.wire.api import TokenDetails
 from tests.support.coordinator.harness import Deployment
 from tests.support.fake_engine import FakeModel
 
@@ -21,6 +25,9 @@ MASK = 2**64 - 1
 
 Weigh = Callable[[dict[int, np.ndarray], int], dict[int, float]]
 """(expert -> log-probabilities [V] of the experts that are there, step) -> expert -> coefficient."""
+
+Gone = Callable[[int, int], bool]
+"""(expert, step) -> it has nothing to say there."""
 
 
 def uniform(seed: int, position: int) -> float:
@@ -90,29 +97,35 @@ def generate(
     weigh: Weigh,
     *,
     prob_space: bool = False,
-    top_k: int | None = None,
-    gone: Callable[[int, int], bool] = lambda expert, step: False,
+    gone: Gone = lambda expert, step: False,
     max_tokens: int | None = None,
 ) -> Alone:
-    """What `request` comes to. `top_k`: only the union of the experts' best and of the ids named in the request can be
-    chosen; `gone(expert, step)`: the expert has nothing to say there."""
+    """What `request` comes to."""
     alone = Alone()
     sampling = request.sampling
     for step in range(min(request.max_tokens, max_tokens or request.max_tokens)):
-        said = {
-            expert: expert_logprobs(request, models[expert], expert, alone.tokens)
-            for expert in range(len(models))
-            if request.prompts[expert] and not gone(expert, step)
-        }
-        fused = _fuse(said, weigh(said, step), prob_space, _candidates(request, said, top_k))
-        scores = _adjust(request, fused, alone.tokens)
-        token = sample(scores, sampling, step)
+        fused = _fused(request, models, weigh, alone.tokens, prob_space, gone)
+        token = sample(_adjust(request, fused, alone.tokens), sampling, step)
         alone.tokens.append(token)
-        alone.logprobs.append(fused[token])
+        alone.logprobs.append(float(fused[token]))
         if token in request.stop_token_ids:
             alone.reason = FinishReason.STOP
             break
     return alone
+
+
+def along(
+    request: SequenceRequest,
+    models: Sequence[FakeModel],
+    weigh: Weigh,
+    tokens: Sequence[int],
+    *,
+    prob_space: bool = False,
+    gone: Gone = lambda expert, step: False,
+) -> list[np.ndarray]:
+    """The fused distribution at each of `tokens`, however they were sampled: log-probabilities float64[V], before bias
+    and penalties."""
+    return [_fused(request, models, weigh, list(tokens[:step]), prob_space, gone) for step in range(len(tokens))]
 
 
 def expert_logprobs(request: SequenceRequest, model: FakeModel, expert: int, generated: list[int]) -> np.ndarray:
@@ -127,30 +140,35 @@ def cross_entropy(model: FakeModel, prompt: list[int]) -> float:
     return float(np.mean(terms)) if terms else 0.0
 
 
-def _candidates(request: SequenceRequest, said: dict[int, np.ndarray], top_k: int | None) -> list[int]:
-    if top_k is None:
-        return list(range(len(next(iter(said.values())))))
-    named = {*request.stop_token_ids, *request.sampling.logit_bias}
-    return sorted(named.union(*(np.argsort(-logprobs)[:top_k].tolist() for logprobs in said.values())))
-
-
-def _fuse(
-    said: dict[int, np.ndarray], coefficients: dict[int, float], prob_space: bool, candidates: list[int]
-) -> dict[int, float]:
+def _fused(
+    request: SequenceRequest,
+    models: Sequence[FakeModel],
+    weigh: Weigh,
+    generated: list[int],
+    prob_space: bool,
+    gone: Gone,
+) -> np.ndarray:
+    """float64[V] of the token after `generated`."""
+    step = len(generated)
+    said = {
+        expert: expert_logprobs(request, models[expert], expert, generated)
+        for expert in range(len(models))
+        if request.prompts[expert] and not gone(expert, step)
+    }
+    coefficients = weigh(said, step)
     if prob_space:
         scores = np.log(sum(c * np.exp(said[expert]) for expert, c in coefficients.items()))
     else:
         scores = sum(c * said[expert] for expert, c in coefficients.items())
-    scores = scores[candidates]
-    return dict(zip(candidates, (scores - logsumexp(scores)).tolist(), strict=True))
+    return scores - logsumexp(scores)
 
 
-def _adjust(request: SequenceRequest, fused: dict[int, float], generated: list[int]) -> dict[int, float]:
+def _adjust(request: SequenceRequest, fused: np.ndarray, generated: list[int]) -> dict[int, float]:
     """After logit_bias, min_tokens and the penalties."""
     sampling = request.sampling
     prompted = set().union(*request.prompts)
     scores = {}
-    for token, logprob in fused.items():
+    for token, logprob in enumerate(fused.tolist()):
         score = logprob + sampling.logit_bias.get(token, 0.0)
         if len(generated) < request.min_tokens and token in request.stop_token_ids:
             continue
@@ -163,6 +181,16 @@ def _adjust(request: SequenceRequest, fused: dict[int, float], generated: list[i
 
 HALF = shares([0.5, 0.5])
 """Two experts with equal weights."""
+
+
+def assert_details(details: Sequence[TokenDetails], tokens: Sequence[int], laws: list[np.ndarray], error=1e-4) -> None:
+    """Each token's log-probability, rank and alternatives are those of `laws`, within `error`."""
+    for detail, token, law in zip(details, tokens, laws, strict=True):
+        assert detail.logprob == pytest.approx(law[token], abs=error)
+        assert detail.rank == 1 + (law > law[token]).sum()
+        best = np.argsort(-law, kind="stable")[: len(detail.top)]
+        assert [other for other, _ in detail.top] == best.tolist()
+        np.testing.assert_allclose([logprob for _, logprob in detail.top], law[best], atol=error)
 
 
 def assert_alone(deployment: Deployment, requests: Sequence[SequenceRequest], expected: Sequence[Alone]) -> None:

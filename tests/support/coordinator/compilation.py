@@ -33,6 +33,8 @@ def _run(directory: Path) -> None:
             *(request(rng, policy=policy) for policy in (Uniform(), mixed, Select("entropy"), Contrastive("a", "b"))),
             request(rng, presence_penalty=0.5, logit_bias={3: 1.0}, top_p=0.9, top_k=3, top_logprobs=2, record=True),
             request(rng, lengths=(3, 4), given=[1, 2, 3], stop_token_ids=[0, 1]),
+            request(rng, policy=mixed, temperature=1.5, min_p=0.1, repetition_penalty=1.3, min_tokens=3),
+            request(rng, policy=mixed, temperature=0.0, frequency_penalty=-0.5, top_logprobs=0, record=True),
         )
 
 

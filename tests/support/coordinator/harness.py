@@ -37,7 +37,7 @@ from server.wire.api import (
 )
 from server.wire.base import Stop
 from server.wire.channel import Channel, endpoint
-from server.wire.expert import FromExpert, Gather, ToExpert
+from server.wire.expert import FromExpert, GetRows, ToExpert
 from server.wire.stats import Stats
 from server.wire.supervisor import (
     CoordinatorReady,
@@ -60,8 +60,8 @@ SECONDS = 20.0
 class Deployment:
     """What the coordinator told the api: `tokens`, `details`, `cached`, `timings`, `ended` (in order of arrival),
     `statuses`; the supervisor, of experts on other hosts: `notes`. `expert`: further configuration of some of them. Who
-    runs an expert with an `address` is the test. `unanswered`: expert -> the number of the look-up that its worker dies
-    of."""
+    runs an expert with an `address` is the test. `unanswered`: expert -> the number of the question for whole rows
+    that its worker dies of."""
 
     def __init__(
         self,
@@ -187,8 +187,8 @@ class Deployment:
         self._generation[expert] += 1
         self._control.send(ExpertUp(expert, self._generation[expert]))
         address = endpoint(self._directory, expert_socket(expert, self._generation[expert]))
-        look_ups = self._unanswered.pop(expert, None)
-        worker = _WorkerThread(self.engines[expert], address, expert, self.config, self._projector, look_ups)
+        unanswered = self._unanswered.pop(expert, None)
+        worker = _WorkerThread(self.engines[expert], address, expert, self.config, self._projector, unanswered)
         worker.start()
         self._workers[expert] = worker
 
@@ -288,8 +288,8 @@ class _CoordinatorThread(threading.Thread):
 
 
 class _WorkerThread(threading.Thread):
-    """A worker that can be killed between two messages and in the middle of a fake engine's step, and dies of look-up
-    number `look_ups`."""
+    """A worker that can be killed between two messages and in the middle of a fake engine's step, and dies of
+    question number `unanswered` for whole rows."""
 
     def __init__(
         self,
@@ -298,23 +298,22 @@ class _WorkerThread(threading.Thread):
         expert: int,
         config: Config,
         projector: Projector | None,
-        look_ups: int | None,
+        unanswered: int | None,
     ) -> None:
         super().__init__(daemon=True)
-        self._look_ups = look_ups
+        self._unanswered = unanswered
         self._engine, self._address, self._expert = engine, address, expert
         self._config, self._projector = config, projector
         self.error: Exception | None = None
 
     def run(self) -> None:
-        channel = _KillableChannel(self._address, self._engine.killed, self._look_ups)
+        channel = _KillableChannel(self._address, self._engine.killed, self._unanswered)
         worker = Worker(
             self._engine,
             channel,
             expert=self._expert,
             top_k=list_length(self._config),
             projector=self._projector,
-            retain=True,
         )
         try:
             worker.run()
@@ -329,17 +328,17 @@ class KilledError(Exception):
 
 
 class _KillableChannel(Channel[ToExpert, FromExpert]):
-    def __init__(self, address: str, killed: threading.Event, look_ups: int | None) -> None:
+    def __init__(self, address: str, killed: threading.Event, unanswered: int | None) -> None:
         super().__init__(address, ToExpert, bind=False)
         self._killed = killed
-        self._look_ups = look_ups
+        self._unanswered = unanswered
 
     def receive(self, timeout: float | None) -> ToExpert | None:
         while (message := super().receive(0.02)) is None:
             if self._killed.is_set():
                 raise KilledError
-        if self._look_ups is not None and isinstance(message, Gather):
-            self._look_ups -= 1
-            if not self._look_ups:
+        if self._unanswered is not None and isinstance(message, GetRows):
+            self._unanswered -= 1
+            if not self._unanswered:
                 raise KilledError
         return message

@@ -1,4 +1,4 @@
-"""What experts say of made-up distributions: lists cut short, and look-ups of single ids."""
+"""What experts say of made-up distributions: lists cut short, and the values of single ids."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from scipy.special import log_softmax
 from server.coordinator.fusion import tabulate
 
 ROWS, EXPERTS, VOCABULARY = 12, 3, 40
+NO_EXACT = np.full((ROWS, 1), -1, np.int32), np.full((ROWS, EXPERTS, 1), -np.inf, np.float32)
+"""No exact ids: (ids, log-probabilities)."""
 
 
 def distributions(seed: int, scale: float = 2.0) -> np.ndarray:
