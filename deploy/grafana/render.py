@@ -120,7 +120,8 @@ def formatted(value: float, unit: str) -> str:
         scale, name = next(((s, n) for s, n in ((1, "s"), (1e-3, "ms"), (1e-6, "µs")) if abs(value) >= s), (1, "s"))
         return f"{value / scale:.3g} {name}"
     if unit == "bytes":
-        return f"{value / 2**20:.3g} MiB"
+        scale, name = next(((s, n) for s, n in ((2**20, "MiB"), (2**10, "KiB")) if abs(value) >= s), (1, "B"))
+        return f"{value / scale:.3g} {name}"
     return f"{value:.3g}" + {"reqps": " req/s", "cps": "/s", "ops": "/s"}.get(unit, "")
 
 
@@ -207,7 +208,10 @@ def _draw_lines(axes: Axes, panel: Panel, series: list[tuple[str, Series]]) -> N
         for (_, found), colour, label in zip(series, colours, labels, strict=True):
             axes.plot(found.times, found.values, color=colour, linewidth=1.4, label=label)
             axes.fill_between(found.times, 0, found.values, color=colour, alpha=0.06)
-    axes.set_ylim(bottom=0, top=defaults.get("max"))
+    if custom["scaleDistribution"]["type"] == "log":
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0, top=defaults.get("max"))
     axes.yaxis.set_major_formatter(lambda value, _: formatted(value, unit))
     axes.legend(
         loc="upper left",

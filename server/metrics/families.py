@@ -19,6 +19,7 @@ def stats_families(stats: Stats) -> Iterator[Metric]:
     yield from _sequences(stats)
     yield from _ticks(stats)
     yield from _fusion(stats.fusion)
+    yield from _exactness(stats)
     yield from _experts(stats.experts)
 
 
@@ -45,11 +46,16 @@ def _fusion(fusion: FusionStats) -> Iterator[Metric]:
     yield counter("fused_tokens", "Tokens that at least two experts had a usable row for.", fusion.tokens)
     text = "Fused tokens for which the experts' most probable tokens differed."
     yield counter("disagreement_tokens", text, fusion.disagreements)
-    text = (
-        "Fused tokens, by what the top-k lists alone say of the most probable one (unbounded: negative coefficients)."
-    )
+    text = "Fused tokens, by what the lists alone say of the most probable one (unbounded: negative coefficients)."
     yield counters("certificates", text, "verdict", fusion.certificates)
     yield histogram("coefficient_entropy_nats", "Entropy of the coefficients' shares of a fused token.", fusion.entropy)
+
+
+def _exactness(stats: Stats) -> Iterator[Metric]:
+    text = "How far the log of a token's normaliser may be from what is known of it; 0 where rows were known whole."
+    yield histogram("normaliser_bound_nats", text, stats.bound)
+    text = "Tokens that needed the experts' whole rows: for the token itself, or for its log-probabilities."
+    yield counters("whole_rows", text, "reason", stats.whole_rows)
 
 
 def _experts(experts: Sequence[ExpertStats]) -> Iterator[Metric]:
@@ -61,6 +67,7 @@ def _experts(experts: Sequence[ExpertStats]) -> Iterator[Metric]:
         yield _by_expert(GaugeMetricFamily, name, text, value, experts)
     for name, (text, value) in _COUNTERS.items():
         yield _by_expert(CounterMetricFamily, name, text, value, experts)
+    yield _received_bytes(experts)
     weights = {expert.name: expert.weight for expert in experts}
     yield histograms("expert_weight", "Its share of the coefficients of a fused token.", "expert", weights)
     steps = {expert.name: expert.step_seconds for expert in experts}
@@ -93,6 +100,15 @@ def _by_expert(family: _Family, name: str, text: str, value: OfExpert, experts: 
     for expert in experts:
         metric.add_metric([expert.name], value(expert))
     return metric
+
+
+def _received_bytes(experts: Sequence[ExpertStats]) -> Metric:
+    text = "What it has shown of its distributions: lists of each row, and some rows whole."
+    family = CounterMetricFamily("polylogit_expert_received_bytes", text, labels=["expert", "kind"])
+    for expert in experts:
+        for kind, count in expert.received_bytes.items():
+            family.add_metric([expert.name, kind], count)
+    return family
 
 
 # --- families in one line -----------------------------------------------------------------------------------------

@@ -2,8 +2,9 @@
 
 For each number of sequences, short runs alternate: `fused` (all chosen experts, one token a tick), `single` (one expert
 through the same machinery), `bare` (the same engine stepping by itself, no rendezvous, all engines at the same time).
-The machine may be shared, so the figure to quote is the median over rounds of the ratio within a round; the processor
-time stolen by the host stands beside it.
+Tokens are greedy, or sampled at a temperature; with log-probabilities or without. What that takes of the experts, bytes
+and whole rows, stands beside the times. The machine may be shared, so the figure to quote is the median over rounds of
+the ratio within a round; the processor time stolen by the host stands beside it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,18 @@ _PROMPT_IDS = 250
 
 
 @dataclass(frozen=True, slots=True)
+class Shown:
+    """What experts showed of their distributions in a fused run."""
+
+    lists: float
+    """Bytes a token of lists, of all experts together."""
+    rows: float
+    """Bytes a token of whole rows, of all experts together."""
+    whole: dict[str, float]
+    """Why -> share of the tokens for which rows had to be whole; reasons of `server.wire.stats.Stats.whole_rows`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Round:
     """One interleaved round: milliseconds a step (median within the run) of each thing compared."""
 
@@ -48,6 +61,8 @@ class Round:
     """Expert -> its engine by itself, all engines at the same time."""
     parts: dict[str, float]
     """Where the fused ticks' time went, mean milliseconds a tick: phases of `server.coordinator.clock.Phase`."""
+    shown: Shown
+    """What that took of the experts."""
     steal: float
     """Share of processor time that the host took meanwhile."""
 
@@ -62,13 +77,16 @@ def bench(options: BenchOptions) -> int:
     config = choose_experts(load_config(options.config), options.experts, gated=options.gate)
     if config.limits.sequences < max(options.sequences):
         raise ConfigError(f"limits.sequences is {config.limits.sequences}, fewer than {max(options.sequences)}")
+    if options.list_length is not None:
+        config = msgspec.structs.replace(config, list_length=options.list_length)
     vocabulary = check_lengths(config, options.prompt_tokens, options.tokens)
     with LocalDeployment(config) as deployment:
-        runner = _Runner(deployment, config, options.prompt_tokens, options.tokens, vocabulary)
+        runner = _Runner(deployment, config, options, vocabulary)
         rounds = _measure(runner, options.sequences, options.rounds)
     console = Console(width=140)
     console.print(_table(config, rounds))
     console.print(_parts_table(rounds))
+    console.print(_shown_table(rounds))
     for line in _gate_lines(rounds) if options.gate else []:
         console.print(line)
     if options.json is not None:
@@ -124,31 +142,30 @@ def _measure(runner: _Runner, counts: Sequence[int], rounds: int) -> list[Round]
 class _Runner:
     """Short runs on one deployment."""
 
-    def __init__(
-        self, deployment: LocalDeployment, config: Config, prompt_tokens: int, tokens: int, vocabulary: int
-    ) -> None:
+    def __init__(self, deployment: LocalDeployment, config: Config, options: BenchOptions, vocabulary: int) -> None:
         self._deployment = deployment
         self._names = config.expert_names
         self._fused = config.policies[config.default_policy]
-        self._prompt_tokens = prompt_tokens
-        self._tokens = tokens
+        self._options = options
         self._ids = min(vocabulary, _PROMPT_IDS)
         self._next = 1
 
     def round(self, sequences: int) -> Round:
         """Each thing once, one after another."""
-        before = cpu_times()
-        bare = self._deployment.bare(list(range(len(self._names))), Bare(sequences, self._prompt_tokens, self._tokens))
+        before, options = cpu_times(), self._options
+        alone = Bare(sequences, options.prompt_tokens, options.tokens)
+        bare = self._deployment.bare(list(range(len(self._names))), alone)
         earlier = self._deployment.stats()
         fused = self._policy(self._fused, sequences)
-        parts = _parts(earlier, self._deployment.stats())
+        later = self._deployment.stats()
         single = {name: self._policy(Single(name), sequences) for name in self._names}
         return Round(
             sequences=sequences,
             fused=fused,
             single=single,
             bare={self._names[index]: _decoding(seconds) for index, seconds in bare.items()},
-            parts=parts,
+            parts=_parts(earlier, later),
+            shown=_shown(earlier, later),
             steal=steal(before, cpu_times()),
         )
 
@@ -160,9 +177,16 @@ class _Runner:
         return float(np.median(np.diff(arrivals)[1:])) * 1e3
 
     def _request(self, policy: Policy, index: int) -> SequenceRequest:
-        prompt = [(7 * index + position) % self._ids for position in range(self._prompt_tokens)]
-        prompts = [prompt if not isinstance(policy, Single) or name == policy.expert else [] for name in self._names]
-        request = SequenceRequest(self._next, prompts, policy, SamplingParams(temperature=0.0), max_tokens=self._tokens)
+        options = self._options
+        prompt = [(7 * index + position) % self._ids for position in range(options.prompt_tokens)]
+        request = SequenceRequest(
+            id=self._next,
+            prompts=[prompt if not isinstance(policy, Single) or name == policy.expert else [] for name in self._names],
+            policy=policy,
+            sampling=SamplingParams(temperature=options.temperature, seed=self._next),
+            max_tokens=options.tokens,
+            top_logprobs=options.top_logprobs,
+        )
         self._next += 1
         return request
 
@@ -178,6 +202,19 @@ def _parts(before: Stats, after: Stats) -> dict[str, float]:
     whole = 1e3 * (after.tick_seconds.sum - before.tick_seconds.sum) / ticks
     spent = after.phase_seconds.items()
     return {"tick": whole} | {phase: 1e3 * (late - before.phase_seconds[phase]) / ticks for phase, late in spent}
+
+
+def _shown(before: Stats, after: Stats) -> Shown:
+    """What experts showed between two snapshots."""
+    tokens = max(1, after.tokens - before.tokens)
+    lists, rows = ((_received(after, kind) - _received(before, kind)) / tokens for kind in ("lists", "rows"))
+    whole = {why: (count - before.whole_rows[why]) / tokens for why, count in after.whole_rows.items()}
+    return Shown(lists, rows, whole)
+
+
+def _received(stats: Stats, kind: str) -> int:
+    """Bytes from all experts together."""
+    return sum(expert.received_bytes[kind] for expert in stats.experts)
 
 
 def _gate_lines(rounds: list[Round]) -> list[str]:
@@ -201,6 +238,25 @@ def _parts_table(rounds: list[Round]) -> Table:
         of = [entry.parts for entry in rounds if entry.sequences == count]
         table.add_row(
             str(count), *(f"{statistics.median(entry[part] for entry in of):.2f}" for part in rounds[0].parts)
+        )
+    return table
+
+
+def _shown_table(rounds: list[Round]) -> Table:
+    """What the fused runs took of the experts."""
+    table = Table(title="what experts showed for a fused token, medians over rounds")
+    for column in ("sequences", "bytes of lists", "bytes of whole rows"):
+        table.add_column(column, justify="right")
+    for reason in rounds[0].shown.whole:
+        table.add_column(f"whole rows for the {reason}", justify="right")
+    for count in sorted({entry.sequences for entry in rounds}):
+        of = [entry.shown for entry in rounds if entry.sequences == count]
+        shares = {why: statistics.median(entry.whole[why] for entry in of) for why in of[0].whole}
+        table.add_row(
+            str(count),
+            f"{statistics.median(entry.lists for entry in of):,.0f}",
+            f"{statistics.median(entry.rows for entry in of):,.0f}",
+            *(f"{100 * share:.1f}%" for share in shares.values()),
         )
     return table
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from gate.options import Metavar, Output, Positional, commas, names, whole
+from gate.options import Metavar, Output, Positional, commas, names, number, whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +27,12 @@ class BenchOptions:
     """Interleaved rounds; medians are over these."""
     gate: bool = False
     """Fuse by the configured gate, and tell its share of a tick."""
+    temperature: Annotated[float, number(0.0, 2.0)] = 0.0
+    """Sample at this temperature, each sequence with a seed of its own; 0 is greedy."""
+    top_logprobs: Annotated[int | None, whole(0)] = None
+    """Ask for log-probabilities, with so many alternatives to each token (default: for none)."""
+    list_length: Annotated[int | None, whole(1)] = None
+    """Log-probabilities that each expert lists of each token (default: the configuration's)."""
     json: Annotated[Path | None, Output()] = None
     """Write all measurements here (default: nowhere)."""
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from deploy.grafana.render import formatted
 from tests.support import promtool
 from tests.support.paths import ROOT
 
@@ -112,3 +113,16 @@ def test_provisioning_knows_the_source_that_compose_has() -> None:
     assert (source["type"], source["url"]) == ("prometheus", "http://prometheus:9090")
     [provider] = yaml.safe_load((provisioning / "dashboards" / "polylogit.yml").read_text("utf-8"))["providers"]
     assert provider["options"]["path"] == "/var/lib/grafana/dashboards"
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (12.0, "bytes", "12 B"),
+        (1536.0, "bytes", "1.5 KiB"),
+        (3 * 2**20, "bytes", "3 MiB"),
+        (0.25, "percentunit", "25%"),
+    ],
+)
+def test_a_drawn_dashboard_has_grafanas_units(value: float, unit: str, text: str) -> None:
+    assert formatted(value, unit) == text

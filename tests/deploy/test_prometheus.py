@@ -13,6 +13,7 @@ from tests.support.paths import ROOT
 PROMETHEUS = ROOT / "deploy" / "prometheus"
 RULES = sorted((PROMETHEUS / "rules").glob("*.yml"))
 CASES = Path(__file__).with_name("alerts.yml")
+RECORDED = Path(__file__).with_name("recording.yml")
 
 
 def rules() -> list[dict[str, str]]:
@@ -31,6 +32,10 @@ def test_the_rules_are_valid() -> None:
 
 def test_every_alert_fires_when_it_should_and_only_then() -> None:
     promtool.run("test", "rules", str(CASES))
+
+
+def test_shares_and_bytes_are_those_of_a_token() -> None:
+    promtool.run("test", "rules", str(RECORDED))
 
 
 def test_every_alert_has_a_case() -> None:

@@ -160,12 +160,26 @@ def failure(code: str = "", message: str = "the expert 'math' was lost") -> Call
 
 def stats() -> Stats:
     histogram = Histogram([0.1, 1.0], [1, 2, 3], 4.5)
-    received = {"lists": 9000, "rows": 1056}
+    received = {"lists": 20_480, "rows": 4_224}
     expert = ExpertStats(
         "math", True, "0.32.0", 0, histogram, 5, histogram, 0.5, 4, 0.25, 1024, 2, 0, 0, 70, 32, received
     )
     fusion = FusionStats(18, 6, {"certain": 12, "open": 5, "unbounded": 1}, histogram)
-    phases, whole = {"engine": 0.4, "fuse": 0.1}, {"token": 3, "logprobs": 1}
     return Stats(
-        10, 20, 2, 1, 0, 0, 0, 0, {"stop": 3}, histogram, histogram, phases, histogram, whole, fusion, [expert]
+        ticks=10,
+        tokens=20,
+        running=2,
+        queued=1,
+        parked=0,
+        readded=0,
+        position_faults=0,
+        gate_failures=0,
+        finished={"stop": 3},
+        queue_seconds=histogram,
+        tick_seconds=histogram,
+        phase_seconds={"engine": 0.4, "fuse": 0.1},
+        bound=Histogram([1e-3, 0.1], [15, 4, 1], 0.375),
+        whole_rows={"token": 3, "logprobs": 1},
+        fusion=fusion,
+        experts=[expert],
     )

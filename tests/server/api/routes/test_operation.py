@@ -52,6 +52,12 @@ async def test_metrics(api: Served) -> None:
     assert 'polylogit_tick_seconds_bucket{le="1.0"} 3.0' in lines
     assert 'polylogit_tick_seconds_bucket{le="+Inf"} 6.0' in lines
     assert 'polylogit_expert_kv_used_ratio{expert="math"} 0.25' in lines
+    assert 'polylogit_normaliser_bound_nats_bucket{le="0.1"} 19.0' in lines
+    assert "polylogit_normaliser_bound_nats_sum 0.375" in lines
+    assert 'polylogit_whole_rows_total{reason="token"} 3.0' in lines
+    assert 'polylogit_whole_rows_total{reason="logprobs"} 1.0' in lines
+    assert 'polylogit_expert_received_bytes_total{expert="math",kind="lists"} 20480.0' in lines
+    assert 'polylogit_expert_received_bytes_total{expert="math",kind="rows"} 4224.0' in lines
     assert any(line.startswith('polylogit_http_requests_total{outcome="client_error",route="other"}') for line in lines)
     chat = 'polylogit_http_requests_total{outcome="ok",route="/v1/chat/completions"}'
     assert any(line.startswith(chat) for line in lines)
