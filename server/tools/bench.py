@@ -248,7 +248,7 @@ def _shown_table(rounds: list[Round]) -> Table:
     for column in ("sequences", "bytes of lists", "bytes of whole rows"):
         table.add_column(column, justify="right")
     for reason in rounds[0].shown.whole:
-        table.add_column(f"whole rows for the {reason}", justify="right")
+        table.add_column(f"whole rows: {reason}", justify="right")
     for count in sorted({entry.sequences for entry in rounds}):
         of = [entry.shown for entry in rounds if entry.sequences == count]
         shares = {why: statistics.median(entry.whole[why] for entry in of) for why in of[0].whole}
