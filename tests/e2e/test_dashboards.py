@@ -27,7 +27,8 @@ SECONDS = 8.0
 
 @pytest.fixture(scope="module")
 def traffic(demo_server: Served) -> Iterator[None]:
-    """Answers by the gate and by uniform weights, streams, and a client that errs, until the tests are done."""
+    """Answers by the gate and by uniform weights, some with log-probabilities, streams, and a client that errs, until
+    the tests are done."""
     stop = threading.Event()
     prompts = demo.conversations(40)
 
@@ -36,7 +37,8 @@ def traffic(demo_server: Served) -> Iterator[None]:
             for place, messages in enumerate(prompts):
                 model = "polylogit-demo" if place % 3 else "polylogit-demo:uniform"
                 create = demo_server.openai.chat.completions.create
-                for _ in create(model=model, messages=messages, seed=number, stream=True, max_tokens=40):
+                sampled = {"seed": number, "max_tokens": 40, "logprobs": place % 2 == 0}
+                for _ in create(model=model, messages=messages, stream=True, **sampled):
                     pass
                 with pytest.raises(openai.NotFoundError):
                     create(model="made-up", messages=messages)
@@ -122,6 +124,15 @@ def test_every_rule_is_evaluated_and_no_alert_fires(prometheus: Prometheus, view
         if rule["type"] == "recording":
             assert any(math.isfinite(found.values[0]) for found in prometheus.at(rule["name"], view.end)), rule["name"]
     assert prometheus.at('ALERTS{alertstate="firing"}', view.end) == []
+
+
+def test_whole_rows_are_as_long_as_the_vocabulary(prometheus: Prometheus, view: View) -> None:
+    [tokens] = prometheus.at("sum(polylogit_whole_rows_total)", view.end)
+    received = prometheus.at('polylogit_expert_received_bytes_total{kind="rows"}', view.end)
+    assert {found.labels["expert"] for found in received} == set(demo.EXPERTS)
+    for found in received:
+        rows = found.values[0] / (4 * demo.VOCABULARY)
+        assert rows.is_integer() and rows <= tokens.values[0]
 
 
 def test_a_scrape_under_load_takes_less_than_a_second(prometheus: Prometheus, view: View) -> None:
