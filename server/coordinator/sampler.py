@@ -100,12 +100,12 @@ class Sampled:
         return self.draft.fused
 
     def bounds(self) -> Float64:
-        """[B]: how far the log of each row's normaliser may be from what is known of it, in nats."""
+        """[B]: how far the log of each row's normaliser may be from the middle of what the lists allow, in nats."""
         known = ~self.lost
         known[list(self.whole)] = False
         found = np.zeros(len(known))
         np.subtract(self.fused.bounds.log_high, self.fused.bounds.log_low, out=found, where=known)
-        return np.asarray(found[np.isfinite(found)])
+        return np.asarray(found[np.isfinite(found)] / 2)
 
     def details(self, row: int, count: int) -> TokenDetails:
         """A token's log-probability and rank, the `count` best alternatives, and the coefficients."""
