@@ -18,6 +18,8 @@ from scipy.special import log_softmax, logsumexp
 
 from gate.fuse import Candidates, candidates, fuse
 from gate.training.records import Response
+from server.coordinator.bounds import Rule, bound
+from server.coordinator.fusion import tabulate
 
 BATCH = 4
 
@@ -35,30 +37,39 @@ class Case:
     space: str
     temperature: float
 
-    def union(self) -> Candidates:
-        """The candidates in training."""
+    def lists(self) -> tuple[np.ndarray, np.ndarray]:
+        """int64[B, E, K] and float32[B, E, K], best first."""
         order = np.argsort(-self.logprobs, axis=2, kind="stable")[:, :, : self.top_k]
         values = np.take_along_axis(self.logprobs, order, 2).astype(np.float32)
-        ids = np.where(np.take_along_axis(self.gone, order, 2), -1, order)
-        own = self.logprobs[np.arange(len(self.tokens)), :, self.tokens].astype(np.float32)
+        return np.where(np.take_along_axis(self.gone, order, 2), -1, order), values
+
+    def own(self) -> np.ndarray:
+        """float32[B, E]: the tokens' log-probabilities."""
+        return self.logprobs[np.arange(len(self.tokens)), :, self.tokens].astype(np.float32)
+
+    def union(self) -> Candidates:
+        """The candidates in training."""
+        (ids, values), own = self.lists(), self.own()
         rest = Response(0, 0, "", 0, 1.0, 0.0, self.tokens, ids, values, [], own).rest
         given_ = (torch.from_numpy(array) for array in (values, ids, rest, self.tokens, own))
         return candidates(*given_, self.logprobs.shape[2])
 
     def whole(self) -> np.ndarray:
         """Fused log-probabilities float64[B, V]; -inf for tokens that are impossible."""
-        weights = self.coefficients.astype(np.float64)[:, :, None]
-        counts = weights != 0
-        if self.space == "logprob":
-            scores = np.where(counts, weights * np.where(np.isneginf(self.logprobs), 0, self.logprobs), 0).sum(1)
-            scores[(counts & np.isneginf(self.logprobs)).any(1)] = -np.inf
-        else:
-            with np.errstate(divide="ignore"):
-                terms = np.where(counts, np.log(np.abs(weights)) + self.logprobs, -np.inf)
-            scores = logsumexp(terms, axis=1)
+        scores = self.scores(self.logprobs.astype(np.float64))
         possible = np.isfinite(scores).any(1)
         scores[possible] = log_softmax(scores[possible] / self.temperature, axis=1)
         return scores
+
+    def scores(self, logprobs: np.ndarray) -> np.ndarray:
+        """The fused scores [B, U] of `logprobs` [B, E, U]; -inf where one is impossible."""
+        weights = self.coefficients.astype(np.float64)[:, :, None]
+        counts = weights != 0
+        if self.space == "logprob":
+            scores = np.where(counts, weights * np.where(np.isneginf(logprobs), 0, logprobs), 0).sum(1)
+            return np.where((counts & np.isneginf(logprobs)).any(1), -np.inf, scores)
+        with np.errstate(divide="ignore"):
+            return logsumexp(np.where(counts, np.log(np.abs(weights)) + logprobs, -np.inf), axis=1)
 
     def rounding(self) -> float:
         """What float32 may lose in the largest score."""
@@ -122,6 +133,38 @@ def test_with_whole_lists_every_token_has_the_same_probability(case):
     expected = case.whole()
     nothing = (case.coefficients == 0).all(axis=1)  # serving ends such a sequence before it fuses
     np.testing.assert_allclose(trained(case).numpy()[~nothing], expected[~nothing], rtol=1e-4, atol=case.rounding())
+
+
+def assert_within_bounds(case: Case) -> None:
+    """What training takes for the normaliser, as its candidate with the largest score tells it, is among what the
+    coordinator holds for possible from the same lists."""
+    (ids, values), union = case.lists(), case.union()
+    exact = case.tokens[:, None].astype(np.int32), case.own()[:, :, None]
+    table = tabulate(ids.astype(np.int32), values, *exact, case.logprobs.shape[2])
+    rows = len(case.tokens)
+    no_mask = np.full(rows, -1, np.int64), np.zeros(rows, np.float32)
+    rule = Rule(case.coefficients, np.full(rows, case.space == "prob"), *no_mask)
+    bounds = bound(table, values[:, :, -1], rule, case.logprobs.shape[2])
+    low, high = bounds.log_normalisers(rule, np.full(rows, 1 / case.temperature))
+    fused = fuse(torch.from_numpy(case.coefficients), union, case.space, case.temperature).numpy()
+    possible = np.flatnonzero(np.isfinite(fused).any(1) & (case.coefficients != 0).any(1))
+    told = possible, fused[possible].argmax(1)
+    found = case.scores(union.logprobs.numpy())[told] / case.temperature - fused[told]
+    assert (low[possible] - case.rounding() <= found).all()
+    assert (found <= high[possible] + case.rounding()).all()
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(cases(whole=False))
+def test_the_normaliser_is_within_the_coordinators_bounds(case):
+    masked = np.isneginf(case.logprobs).all(axis=2)  # these have no weight where it serves
+    assert_within_bounds(replace(case, coefficients=np.where(masked, np.float32(0), np.abs(case.coefficients))))
+
+
+@pytest.mark.parametrize("space", ["logprob", "prob"])
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.5])
+def test_so_it_is_where_tails_are_heavy(space, temperature):
+    assert_within_bounds(heavy(space, temperature))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)

@@ -179,6 +179,12 @@ class Deployment:
         self.until(lambda: condition(self.stats()))
         return self._stats[0]
 
+    def receive(self, timeout: float) -> ToApi | None:
+        """The next message within `timeout` seconds, which is noted as all are."""
+        if (message := self._api.receive(timeout)) is not None:
+            self._note(message)
+        return message
+
     # --- as the supervisor ---
 
     def start(self, expert: int, engine: FakeEngine | None = None) -> None:
