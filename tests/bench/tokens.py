@@ -1,7 +1,8 @@
 """Counts how many greedy tokens of SmolLM2 are those of full fusion: `python -m tests.bench.tokens`.
 
 40 prompts, 48 tokens each, every policy, through real engines; transformers in float32 over the whole vocabulary is
-what they are compared with (tests/support/oracle/smollm2.py). Writes JSON and a table to docs/benchmarks/.
+what they are compared with (tests/support/oracle/smollm2.py). Writes tokens.json to docs/benchmarks/, where what it
+says of policies that are not measured this time stays, and prints a table.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 
 from gate.options import Metavar, run_module
 
@@ -43,25 +44,29 @@ def run(options: TokensOptions) -> None:
     models = options.models.absolute()
     reference = Reference(smollm2.models(models))
     asked = smollm2.prompts(reference)
+    names = options.only or tuple(smollm2.CASES)
     found: list[smollm2.Agreement] = []
     with TemporaryDirectory() as folder:
         gate = smollm2.build_gate(models, Path(folder) / "gate.pt")
         with LocalDeployment(parse_config(smollm2.configuration(models, gate), directory=models)) as deployment:
-            for name in options.only or smollm2.CASES:
-                found.append(smollm2.compare(name, deployment, gate, reference, asked))
-                print(found[-1], flush=True)
-    data = {
-        "about": about() | {"command": "python -m tests.bench.tokens"},
-        "prompts": len(asked),
-        "tokens": smollm2.TOKENS,
-        "noise": smollm2.NOISE,
-        "policies": list(map(asdict, found)),
-    }
-    (options.output / "tokens.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    print(table(data["policies"]))
+            served = {name: smollm2.serve(name, deployment, asked) for name in names}
+        print("served", flush=True)
+        for name, tokens in served.items():
+            found.append(smollm2.judge(name, tokens, gate, reference, asked))
+            print(found[-1], flush=True)
+    about_all = {"about": about() | {"command": "python -m tests.bench.tokens"}, "noise_nats": smollm2.NOISE}
+    print(table(merged(options.output / "tokens.json", about_all, list(map(asdict, found)))))
 
 
-def table(policies: list[dict[str, object]]) -> str:
+def merged(file: Path, about_all: dict[str, Any], policies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write the results of `policies` into `file`, with those of others that it has; all of them."""
+    kept = json.loads(file.read_text(encoding="utf-8"))["policies"] if file.exists() else []
+    every = list({one["policy"]: one for one in [*kept, *policies]}.values())
+    file.write_text(json.dumps(about_all | {"policies": every}, indent=1) + "\n", encoding="utf-8")
+    return every
+
+
+def table(policies: list[dict[str, Any]]) -> str:
     """In Markdown."""
     lines = [
         "| policy | positions | equal | nearer than the noise | of these different | other differences |",

@@ -63,7 +63,7 @@ def asked(oracle: Reference) -> list[list[list[int]]]:
 def test_greedy_tokens_are_those_of_full_fusion(
     name: str, served: LocalDeployment, gate: Path, oracle: Reference, asked: list[list[list[int]]]
 ) -> None:
-    found = smollm2.compare(name, served, gate, oracle, asked)
+    found = smollm2.judge(name, smollm2.serve(name, served, asked), gate, oracle, asked)
     print(f"\n{found}")
     assert found.positions == len(smollm2.PROMPTS) * smollm2.TOKENS
     assert not found.wrong

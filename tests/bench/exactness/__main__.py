@@ -2,7 +2,7 @@
 
 Drives the coordinator and the workers themselves over recorded distributions of SmolLM2 (49,152 tokens, three experts:
 `deploy.smollm2.fetch` and `deploy.smollm2.adapters` make them) and of two models with random weights (151,936 tokens:
-`tests.bench.random_model`), at 500 positions of open-ended text each. Against fusion over the whole vocabulary in
+`tests.bench.random_model`), at 500 and 100 positions of sampled text. Against fusion over the whole vocabulary in
 float64: errors of log-probabilities beside the computed bounds, for every policy and temperatures from 0.3 to 2; a
 chi-square test of the tokens; what lists of other lengths cost. Writes JSON and tables to docs/benchmarks/.
 """
@@ -27,7 +27,9 @@ class ExactnessOptions:
     recordings: Path = Path("build/exactness")
     """Folder of the recorded distributions; they are made if they are not there, 900 MB."""
     positions: Annotated[int, whole(8)] = 500
-    """At how many positions of each recording."""
+    """At how many positions of SmolLM2's text."""
+    random_positions: Annotated[int, whole(8)] = 100
+    """At how many of the random models'."""
     draws: Annotated[int, whole(100)] = 20_000
     """Of each chi-square test."""
     list_length: Annotated[int, whole(2)] = 128
@@ -45,17 +47,10 @@ def run(options: ExactnessOptions) -> None:
     from tests.bench.exactness import recording, report, results
 
     found = results.Results()
-    for name, make in {
-        "smollm2": lambda: recording.smollm2(options.smollm2),
-        "random": lambda: recording.random_pair(options.random),
-    }.items():
-        results.measure(
-            recording.load(name, options.recordings, make),
-            found,
-            positions=options.positions,
-            list_length=options.list_length,
-            draws=options.draws if name == "smollm2" else 0,
-        )
+    real = recording.load("smollm2", options.recordings, lambda: recording.smollm2(options.smollm2))
+    results.measure(real, found, positions=options.positions, list_length=options.list_length, draws=options.draws)
+    random = recording.load("random", options.recordings, lambda: recording.random_pair(options.random))
+    results.measure(random, found, positions=options.random_positions, list_length=options.list_length, draws=0)
     report.write(found, options.output)
 
 

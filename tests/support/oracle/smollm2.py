@@ -149,19 +149,22 @@ def prompts(reference: Reference) -> list[list[list[int]]]:
     return rows
 
 
-@torch.inference_mode()
-def compare(
-    name: str, deployment: LocalDeployment, gate: Path, reference: Reference, asked: list[list[list[int]]]
-) -> Agreement:
-    """Serve all prompts under one policy and have the reference read the answers."""
-    policy, make_rule = CASES[name]
-    requests = [greedy(row, policy, TOKENS) for row in asked]
+def serve(name: str, deployment: LocalDeployment, asked: list[list[list[int]]]) -> list[list[int]]:
+    """The tokens that answer each prompt under one policy."""
+    requests = [greedy(row, CASES[name][0], TOKENS) for row in asked]
     results = deployment.generate(requests, timeout=600.0)
-    agreement = Agreement(name)
-    for number, (row, request) in enumerate(zip(asked, requests, strict=True)):
-        served = results[request.id].tokens
+    return [results[request.id].tokens for request in requests]
+
+
+@torch.inference_mode()
+def judge(
+    name: str, served: list[list[int]], gate: Path, reference: Reference, asked: list[list[list[int]]]
+) -> Agreement:
+    """Have the reference read what was `served` under one policy."""
+    make_rule, agreement = CASES[name][1], Agreement(name)
+    for number, (row, tokens) in enumerate(zip(asked, served, strict=True)):
         rule = _by_perplexity(reference, row) if make_rule is None else make_rule(gate)
-        _add(agreement, number, served, _decide(rule, reference.along(row, served)))
+        _add(agreement, number, tokens, _decide(rule, reference.along(row, tokens)))
     return agreement
 
 
