@@ -16,7 +16,7 @@ from playwright.sync_api import expect, sync_playwright
 from server import __version__
 from tests.support import demo, gates
 from tests.support.browser import CHROMIUM, FLAGS, needs_chromium
-from tests.support.oracle import rules, truncated
+from tests.support.oracle import fusion, rules
 from tests.support.oracle.huggingface import Reference
 from tests.support.server_process import Served, serve, until
 
@@ -178,7 +178,7 @@ def test_logprobs_are_those_of_the_fused_distribution(server: Served) -> None:
     assert all(len(top) == 3 for top in completion.choices[0].logprobs.top_logprobs)
 
 
-def test_logprobs_follow_from_the_experts_truncated_lists(server: Served, reference: Reference) -> None:
+def test_logprobs_are_those_of_fusion_over_the_whole_vocabulary(server: Served, reference: Reference) -> None:
     """Lists of 32, against the oracle's arithmetic on transformers' distributions. The experts are heated, so that the
     lists leave something out."""
     prompt, heat = reference.encode(QUESTION), 2.5
@@ -188,7 +188,7 @@ def test_logprobs_follow_from_the_experts_truncated_lists(server: Served, refere
         after = reference.logprobs(prompt + choice.token_ids)[:, len(prompt) - 1 : -1].transpose(0, 1)  # [T, E, V]
         after = (after / heat).log_softmax(-1)
         found = torch.tensor([[top.logprob for top in entry.top_logprobs] for entry in choice.logprobs.content]).exp()
-        expected = truncated.fuse(after, 32, [1 / 3] * 3, space).topk(20).values
+        expected = fusion.combine(after, [1 / 3] * 3, space).softmax(-1).topk(20).values
         assert float((found - expected).abs().max()) < 1e-4
 
 
