@@ -349,9 +349,11 @@ def _fill_unsettled(
 def _normaliser(
     lower: Float64, upper: Float64, outside: Unknown, unsettled: Unknown, rule: Rule, row: int, power: float
 ) -> tuple[float, float]:
-    """As `log_normaliser`, from the bounds [U] of a row. In prob space at power 1 it is the sum of the coefficients."""
+    """As `log_normalisers`, from the bounds [U] of a row. At power 1 that of a mixture is the sum of the coefficients,
+    and that of one expert alone is 1."""
     coefficients, prob_space = rule.coefficients[row], rule.prob_space[row]
-    if prob_space and power == 1:
+    alone = coefficients.max() == 1 and np.count_nonzero(coefficients) == 1
+    if power == 1 and rule.leader[row] < 0 and (prob_space or alone):
         total = np.log(coefficients.sum())
         return total, total
     low = _log_sum(power * lower)

@@ -251,6 +251,14 @@ def test_the_token_itself_must_be_among_what_is_surely_best():
     assert known(first, second, [0.5, 0.5], 1, 0, tolerance=0.1)
 
 
+def test_one_expert_alone_is_normalised_already():
+    """However much its list leaves; but not with another coefficient, or a mask."""
+    first, second = {1: 0.4, 2: 0.2}, {3: 0.4, 4: 0.2}
+    assert known(first, second, [1.0, 0.0], 1, 1)
+    assert not known(first, second, [2.0, 0.0], 1, 1)
+    assert not known(first, second, [0.9, 0.1], 1, 0)
+
+
 def test_nothing_is_unknown_that_nobody_wants():
     assert known({1: 0.3, 2: 0.2}, {3: 0.3, 4: 0.2}, [0.5, 0.5], 1, -1)
     assert known({1: 0.3, 2: 0.2}, {3: 0.3, 4: 0.2}, [0.5, 0.5], -1, 2)
