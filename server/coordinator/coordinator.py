@@ -132,7 +132,9 @@ class Coordinator:
 
     def _advance(self, sampled: Sampled) -> list[Ended]:
         """Append the sampled tokens to their sequences and end those that are done; their terminal messages."""
-        self._table.advance(sampled.fused.slots, sampled.tokens)
+        fused = sampled.fused
+        self._table.gate_state[fused.slots] = fused.gate_state
+        self._table.advance(fused.slots, sampled.tokens)
         return self.sequences.finish(sampled)
 
     # --- step ---

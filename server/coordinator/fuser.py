@@ -58,6 +58,9 @@ class Fused:
     ungated: Bool
     """[B]: the gate failed."""
 
+    gate_state: Float32
+    """[B, state]: what the gate carries on, once the tokens are settled."""
+
     read: int
     """Of each list the gate reads so many, and records keep as many; without a gate all."""
 
@@ -73,6 +76,7 @@ class Fused:
             self.rule.only(rows),
             self.bounds.only(rows),
             self.ungated[rows],
+            self.gate_state[rows],
             self.read,
         )
 
@@ -109,40 +113,39 @@ class Fuser:
         self._gate = gate
 
     def fuse(self, table: SequenceTable, slots: Int64) -> Fused:
-        """What the kept rows of `slots` (each complete) say; their gate state moves on."""
+        """What the kept rows of `slots` (each complete) say."""
         kept = table.rows
         ids, logprobs = kept.ids[slots], kept.logprobs[slots]
         found = tabulate(ids, logprobs, table.exact.ids[slots], kept.exact[slots], self._vocabulary)
         expected = table.expected[slots]
         available = expected & kept.usable[slots]
-        gated, ungated = self._run_gate(table, slots, ids, logprobs)
-        evidence = Evidence(available, logprobs[:, :, 0], kept.entropies[slots], gated, table.cross_entropy[slots])
+        gate = self._run_gate(table, slots, ids, logprobs)
+        evidence = Evidence(
+            available, logprobs[:, :, 0], kept.entropies[slots], gate.coefficients, table.cross_entropy[slots]
+        )
         rule = self._rule(table.policy[slots], evidence)
         bounds = bound(found, logprobs[:, :, -1], rule, self._vocabulary)
         read = ids.shape[2] if self._gate is None else self._gate.top_k
-        return Fused(slots, ids, logprobs, expected, available, found, rule, bounds, ungated, read)
+        return Fused(slots, ids, logprobs, expected, available, found, rule, bounds, gate.failed, gate.state, read)
 
-    def _run_gate(self, table: SequenceTable, slots: Int64, ids: Int32, logprobs: Float32) -> tuple[Float32, Bool]:
-        """The gate's coefficients [B, E] for rows whose policy asks it (elsewhere 0), and where it failed; those rows'
-        gate state in the table moves on."""
-        gated = np.zeros(ids.shape[:2], np.float32)
-        ungated = np.zeros(len(slots), bool)
+    def _run_gate(self, table: SequenceTable, slots: Int64, ids: Int32, logprobs: Float32) -> GateOutput:
+        """The gate's answer for rows whose policy asks it; elsewhere coefficients of 0 and the state as it is."""
+        found = GateOutput(np.zeros(ids.shape[:2], np.float32), table.gate_state[slots], np.zeros(len(slots), bool))
         if self._gate is not None:
             asked = np.flatnonzero(self.policies.gated(table.policy[slots]))
             if asked.size:
                 output = self._ask_gate(self._gate, table, slots[asked], ids[asked], logprobs[asked])
-                gated[asked], ungated[asked] = output.coefficients, output.failed
-        return gated, ungated
+                found.coefficients[asked], found.failed[asked] = output.coefficients, output.failed
+                found.state[asked] = output.state
+        return found
 
     @timed(Phase.GATE)
     def _ask_gate(
         self, gate: GateRunner, table: SequenceTable, slots: Int64, ids: Int32, logprobs: Float32
     ) -> GateOutput:
-        """The gate's answer for the rows of `slots` [B']; their state in the table moves on."""
+        """The gate's answer for the rows of `slots` [B']."""
         logprobs, ids = logprobs[:, :, : gate.top_k], ids[:, :, : gate.top_k]
-        output = gate(logprobs, ids, table.rows.projected[slots], table.gate_state[slots])
-        table.gate_state[slots] = output.state
-        return output
+        return gate(logprobs, ids, table.rows.projected[slots], table.gate_state[slots])
 
     def _rule(self, numbers: Int32, evidence: Evidence) -> Rule:
         """How rows of the policies `numbers` [B] are fused, policy by policy."""

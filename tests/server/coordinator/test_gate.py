@@ -105,6 +105,24 @@ def test_the_gate_sees_all_it_should_and_remembers(tmp_path, rng, models, gate):
         assert HIDDEN > 2 and deployment.stats().parked > 0
 
 
+def test_its_state_moves_on_once_though_a_row_is_fused_again(tmp_path, rng, models, gate):
+    """An expert dies of a question about rows that the gate has seen: they come again once it is back."""
+    save(*uniform_gate(["a", "b"], "", 4), tmp_path / "gate.pt")  # that lists are as short
+    engines = [FakeEngine(model, want_hidden=True) for model in models]
+    settings = {"gate": {"file": "gate.pt"}, "list_length": 4, "on_expert_loss": "wait", "unanswered": {1: 4}}
+    with Deployment(tmp_path, engines, projector=gate, **settings) as deployment:
+        one = request(rng, policy=GatePolicy(), temperature=0.0, top_logprobs=1)
+        deployment.submit(one)
+        deployment.lose(1)
+        deployment.start(1, FakeEngine(models[1], want_hidden=True))
+        deployment.finish(one)
+        gate.tokens = deployment.tokens
+        assert_alone(deployment, [one], [generate(one, models, gate.reference(models, one))])
+        assert len(gate.shown) == one.max_tokens + 1
+        for step, details in enumerate(deployment.details[one.id]):
+            assert step == 0 or details.coefficients != deployment.details[one.id][step - 1].coefficients
+
+
 def test_policies_that_select_by_the_gate(tmp_path, rng, models, gate):
     with gated(tmp_path, models, gate) as deployment:
         selected, routed = request(rng, (9, 9), Select("gate")), request(rng, (9, 9), FusionRoute("a"))

@@ -36,7 +36,8 @@ def count(tally: TokenTally, tops: list[list[int]], coefficients: list[list[floa
     rule = Rule(np.array(coefficients, np.float32), np.zeros(rows, bool), *unmasked)
     bounds = bound(table, logprobs[:, :, -1], rule, VOCABULARY)
     slots, ungated = np.arange(rows), np.zeros(rows, bool)
-    tally.count(Fused(slots, ids, logprobs, np.ones_like(usable), usable, table, rule, bounds, ungated, 2))
+    state = np.zeros((rows, 0), np.float32)
+    tally.count(Fused(slots, ids, logprobs, np.ones_like(usable), usable, table, rule, bounds, ungated, state, 2))
 
 
 def in_bucket(histogram: Histogram, value: float) -> int:
