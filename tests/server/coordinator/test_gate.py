@@ -15,7 +15,7 @@ from server.coordinator.gate_runner import GateRunner
 from server.policy import FusionRoute, Select
 from server.policy import Gate as GatePolicy
 from server.request import FinishReason
-from tests.support.coordinator.alone import HALF, assert_alone, generate
+from tests.support.coordinator.alone import HALF, assert_alone, expert_logprobs, generate
 from tests.support.coordinator.harness import Deployment
 from tests.support.coordinator.random_requests import request
 from tests.support.fake_engine import HIDDEN, VOCABULARY, Behaviour, FakeEngine, FakeModel
@@ -117,10 +117,11 @@ def test_its_state_moves_on_once_though_a_row_is_fused_again(tmp_path, rng, mode
         deployment.start(1, FakeEngine(models[1], want_hidden=True))
         deployment.finish(one)
         gate.tokens = deployment.tokens
-        assert_alone(deployment, [one], [generate(one, models, gate.reference(models, one))])
+        weigh, tokens = gate.reference(models, one), deployment.tokens[one.id]
         assert len(gate.shown) == one.max_tokens + 1
         for step, details in enumerate(deployment.details[one.id]):
-            assert step == 0 or details.coefficients != deployment.details[one.id][step - 1].coefficients
+            said = {expert: expert_logprobs(one, model, expert, tokens[:step]) for expert, model in enumerate(models)}
+            assert details.coefficients == pytest.approx(list(weigh(said, step).values()), abs=1e-5)
 
 
 def test_policies_that_select_by_the_gate(tmp_path, rng, models, gate):
