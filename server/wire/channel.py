@@ -36,7 +36,7 @@ _MAX_ADDRESS_BYTES = 107
 """What Linux takes as a socket's path."""
 _MAX_NAME_BYTES = 24
 _LINGER_SECONDS = 0.5
-_MAX_REMOTE_BYTES = 1 << 28
+_MAX_REMOTE_BYTES = 1 << 31
 """More than any message to or from another host has; a length beyond it is rubbish."""
 
 
@@ -58,7 +58,7 @@ class Channel(Generic[Incoming, Outgoing]):
         self._address = address
         self._listener = _listen(address) if bind else None
         self._socket: socket.socket | None = None
-        self._unsent: deque[bytes] = deque()
+        self._unsent: deque[memoryview] = deque()  # views: what is left of a long message is not copied each time
         self._frames = FrameParser()
         self._messages: deque[Incoming] = deque()
         self._encoder = msgspec.msgpack.Encoder()
@@ -73,7 +73,7 @@ class Channel(Generic[Incoming, Outgoing]):
 
     def send(self, message: Outgoing) -> None:
         """Send `message`, or keep it until the peer is there and has room; never blocks."""
-        self._unsent.append(framed(self._encoder.encode(message)))
+        self._unsent.append(memoryview(framed(self._encoder.encode(message))))
         self.flush()
 
     def flush(self) -> None:

@@ -105,6 +105,16 @@ def test_a_peer_that_sends_rubbish_is_cut_off(data):
     other.close()
 
 
+def test_a_peer_may_send_the_whole_rows_of_a_thousand_sequences():
+    ours, theirs = socket.socketpair()
+    channel: ConnectedChannel = ConnectedChannel(ours, FromApi)
+    theirs.sendall(struct.pack("<I", 1024 * 152_000 * 4) + b"the beginning")
+    assert channel.receive(0.05) is None
+    assert not channel.ended
+    channel.close()
+    theirs.close()
+
+
 # --- the commands ---
 
 

@@ -14,6 +14,7 @@ import pytest
 from server.wire.api import Abort, FromApi, GetStats, Progress, ToApi
 from server.wire.base import Stop
 from server.wire.channel import Channel, Selector, endpoint
+from server.wire.expert import WholeRows
 
 BIG = Abort(list(range(2**40, 2**40 + 300_000)))  # about 2.7 MB
 
@@ -72,6 +73,23 @@ def test_a_frame_larger_than_the_buffers_goes_as_fast_as_it_is_read(sockets):
     reader.join()
     assert found == [BIG]
     assert time.monotonic() - started < 5  # waiting for a timer at every buffer took longer than this
+
+
+def test_whole_rows_of_many_sequences_take_time_in_proportion(tmp_path):
+    """128 of 152k tokens. To copy what is left at every buffer took half a minute."""
+    address, rows = endpoint(tmp_path, "rows"), WholeRows(1, bytes(128 * 152_000 * 4))
+    server: Channel[WholeRows, Stop] = Channel(address, WholeRows, bind=True)
+    client: Channel[Stop, WholeRows] = Channel(address, Stop, bind=False)
+    sender = threading.Thread(target=lambda: (client.reach(5), client.send(rows), client.deliver(60)))
+    sender.start()
+    started = time.monotonic()
+    found = server.receive(60)
+    took = time.monotonic() - started
+    sender.join()
+    client.close()
+    server.close()
+    assert found == rows
+    assert took < 5
 
 
 def test_deliver_says_when_nobody_reads(sockets):
