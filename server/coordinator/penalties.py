@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from server.coordinator.arrays import Int32, Int64
-from server.coordinator.sampling import Penalties
+from server.coordinator.sampling import SMALLEST, Penalties
 from server.request import SequenceRequest
 
 
@@ -32,7 +32,7 @@ class PenaltyTable:
             self._grow()
         row = self._free.pop()
         self._row[slot] = row
-        self._parameters[row] = parameters
+        self._parameters[row] = np.maximum(parameters, (-np.inf, -np.inf, SMALLEST))
         self._output_counts[row] = 0
         self._in_prompt[row] = False
         for prompt in request.prompts:

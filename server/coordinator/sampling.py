@@ -24,8 +24,15 @@ from server.coordinator.bounds import Bounds, Rule, log_power_sum, winner
 from server.coordinator.compiled import compiled
 from server.coordinator.truncation import Cut, Left, Weights, truncate, truncate_whole
 
+SMALLEST = 1e-20
+"""A temperature, a top_p or a repetition penalty below this means the same as this, which float32 can divide by."""
+
 _MUCH = 1e6
-"""Where the atom weighs so many times what is sure, sampling starts afresh from the whole row, in units of its own."""
+"""Where the atom weighs more than so many times what is sure, sampling starts afresh from the whole row, in its own
+units."""
+
+_COARSE = 1e4
+"""At exponents of this size float32 does not tell what the lists say of a weight from what the whole row says."""
 
 _ROUNDING = 1e-5
 """Relative: where a weight is beyond its sure part by no more, the two are one number in two precisions."""
@@ -207,7 +214,8 @@ def choose(ids: Int32, scores: Scores, bounds: Bounds, rule: Rule, rules: Rules,
         jointly = _jointly(bounds, rule, row, power, scores.plain[row])
         left = Left(np.exp(power * highest - shift[row]), np.exp(outside - shift[row]), np.exp(jointly - shift[row]))
         unsure = truncate(weights, left, Cut(rules.top_p[row], rules.top_k[row], rules.min_p[row]), sure[row])
-        columns[row], excess[row] = _envelope(ids[row], sure[row], unsure, uniforms[row])
+        loosest = 0.0 if max(power, abs(shift[row])) > _COARSE else _MUCH
+        columns[row], excess[row] = _envelope(ids[row], sure[row], unsure, loosest, uniforms[row])
     return Choice(columns, sure, shift, excess)
 
 
@@ -219,7 +227,8 @@ def choose_whole(scores: Float32, rules: SamplingRule, choice: RowChoice, number
         return best
     power = np.float32(1 / rules.temperature)
     begun = np.isfinite(choice.excess)
-    weights = np.exp(power * scores - np.float32(choice.shift if begun else power * scores[best]))
+    with np.errstate(over="ignore"):  # to -inf: no weight
+        weights = np.exp(power * scores - np.float32(choice.shift) if begun else power * (scores - scores[best]))
     truncate_whole(weights, Cut(rules.top_p, rules.top_k, rules.min_p))
     if begun:
         token = _reach(_unsure_part(weights, choice.ids, choice.sure), choice.excess)
@@ -264,11 +273,11 @@ def _jointly(bounds: Bounds, rule: Rule, row: int, power: float, plain: bool) ->
 
 
 @compiled
-def _envelope(ids: Int32, sure: Float64, unsure: float, number: float) -> tuple[int, float]:
+def _envelope(ids: Int32, sure: Float64, unsure: float, loosest: float, number: float) -> tuple[int, float]:
     """(column, 0) of the candidate whose part of the envelope `number` in [0, 1) falls into; (-1, how far it falls into
-    the atom)."""
+    the atom), +inf where that weighs more than `loosest` times what is sure."""
     total = sure.sum()
-    if not unsure < _MUCH * total:
+    if total == 0 or not unsure <= loosest * total:
         return -1, np.inf
     point = number * (total + unsure)
     if point >= total and unsure > 0:

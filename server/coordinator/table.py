@@ -16,7 +16,7 @@ from server.coordinator.arrays import Bool, Float32, Int32, Int64, UInt64
 from server.coordinator.compiled import compiled
 from server.coordinator.penalties import PenaltyTable
 from server.coordinator.rows import ExpertRows, KeptRows, Lengths, complete, keep_rows
-from server.coordinator.sampling import Penalties, Rules
+from server.coordinator.sampling import SMALLEST, Penalties, Rules
 from server.request import SequenceRequest
 
 
@@ -276,7 +276,8 @@ class SequenceTable:
     def _set_sampling(self, slot: int, request: SequenceRequest) -> None:
         rules, sampling = self.rules, request.sampling
         self.seeds[slot] = sampling.seed
-        rules.temperature[slot], rules.top_p[slot] = sampling.temperature, sampling.top_p
+        rules.temperature[slot] = max(sampling.temperature, SMALLEST) if sampling.temperature > 0 else 0
+        rules.top_p[slot] = max(sampling.top_p, SMALLEST)
         rules.top_k[slot], rules.min_p[slot] = min(sampling.top_k, self._vocabulary), sampling.min_p
 
     def _set_exact(self, slot: int, request: SequenceRequest) -> None:

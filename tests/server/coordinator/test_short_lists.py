@@ -152,6 +152,28 @@ def test_first_tokens_follow_the_law_of_the_whole_distribution(tmp_path, rng, mo
 
 
 @pytest.mark.parametrize("prob", [False, True])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_p": 1e-46},
+        {"temperature": 1e-5},
+        {"temperature": 1e-40, "top_p": 0.9},
+        {"temperature": 1e-46, "min_p": 1.0},
+        {"repetition_penalty": 1e-46, "logit_bias": {3: 50.0, 5: 51.0}, "temperature": 1e-40, "top_p": 0.5},
+    ],
+    ids=str,
+)
+def test_numbers_that_float32_does_not_hold_are_no_trouble(tmp_path, rng, models, prob, fields):
+    """They all mean the most probable token."""
+    policy = Uniform("prob" if prob else "logprob")
+    with Deployment(tmp_path, engines_of(models), list_length=2) as deployment:
+        requests = [request(rng, policy=policy, **fields) for _ in range(4)]
+        deployment.run(*requests)
+        greedy = [replace(each, sampling=replace(each.sampling, temperature=0.0)) for each in requests]
+        assert_alone(deployment, requests, [generate(each, models, HALF, prob_space=prob) for each in greedy])
+
+
+@pytest.mark.parametrize("prob", [False, True])
 def test_they_do_where_lists_hold_all_tokens_but_not_all_that_is_known_of_them(tmp_path, rng, prob):
     """A penalty that is a reward makes more of what one expert has not listed."""
     models, size, length = [FakeModel(0, 8), FakeModel(1, 8)], 8, 5
