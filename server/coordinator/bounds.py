@@ -121,9 +121,9 @@ def bound(table: CandidateTable, smallest: Float32, rule: Rule, vocabulary: int)
             count += 1
         logprobs, listed = table.logprobs[row, :, :count], table.listed[row, :, :count]
         coefficients, prob_space = rule.coefficients[row], rule.prob_space[row]
-        outside.tokens[row] = vocabulary - count
         _fill_left(outside.mass[row], outside.largest[row], logprobs, listed, smallest[row], vocabulary)
         largest = outside.largest[row]
+        outside.tokens[row] = 0 if _impossible(coefficients, largest, prob_space) else vocabulary - count
         if prob_space:
             _fill_mixture(lower[row, :count], upper[row, :count], logprobs, listed, largest, coefficients)
         else:
@@ -254,6 +254,13 @@ def _fill_left(
 
 
 @compiled
+def _impossible(coefficients: Float32, largest: Float64, prob_space: bool) -> bool:
+    """Whether an expert with any weight, whose list holds all that it holds for possible, rules out all other tokens:
+    under a grammar."""
+    return not prob_space and ((coefficients != 0) & (largest == -np.inf)).any()
+
+
+@compiled
 def _fill_scores(
     lower: Float64, upper: Float64, logprobs: Float32, listed: Bool, largest: Float64, coefficients: Float32
 ) -> None:
@@ -267,9 +274,9 @@ def _fill_scores(
             value = np.float64(logprobs[expert, column]) if known else largest[expert]
             complete &= known
             unbounded |= not known and coefficients[expert] < 0
-            if value == -np.inf and (known or coefficients[expert] > 0):
+            if value == -np.inf:
                 impossible = True
-            elif value > -np.inf:
+            else:
                 total += coefficients[expert] * value
         if not impossible:
             upper[column] = np.inf if unbounded else total

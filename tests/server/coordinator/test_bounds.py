@@ -181,8 +181,8 @@ def test_a_token_that_an_expert_with_weight_holds_for_impossible_is():
 def test_lists_that_hold_all_that_is_possible_leave_nothing():
     """As a grammar does it: the last ones listed are impossible, so all others are."""
     first, second = {1: 0.5, 2: 0.5, 3: 0.0}, {2: 0.7, 1: 0.3, 4: 0.0}
-    for mixed in (False, True):
-        table, rule, bounds = look(first, second, coefficients=[0.5, 0.5], prob_space=mixed)
+    for coefficients, mixed in (([0.5, 0.5], False), ([1.5, -0.5], False), ([-0.5, 1.5], False), ([0.5, 0.5], True)):
+        table, rule, bounds = look(first, second, coefficients=coefficients, prob_space=mixed)
         assert verdict(table.ids[0], bounds, 0) == CERTAIN
         assert bounds.highest[0] == -np.inf
         low, high = bounds.log_normalisers(rule, np.array([0.7]))
