@@ -8,6 +8,7 @@ import torch
 from scipy.special import log_softmax
 from scipy.stats import entropy
 
+from server.coordinator.bounds import MASS_SLACK
 from server.expert.logprobs import statistics
 
 
@@ -103,3 +104,13 @@ def test_whole_rows_are_written_into_memory_of_this_host():
     expected = whole(values.double() / heat)
     np.testing.assert_allclose(memory, [expected[3], np.full(30, 7), expected[1]], atol=1e-5)
     assert np.isneginf(memory[2, 5:]).all()
+
+
+@pytest.mark.parametrize(("offset", "temperature"), [(-100.0, 1.0), (500.0, 1.0), (30.0, 0.1)])
+def test_the_mass_of_all_tokens_is_one_however_large_logits_are(offset, temperature):
+    """Far within what the coordinator allows a list's mass to be off."""
+    values, target = logits(4, 50_000) + offset, torch.empty(50_000)
+    figures = statistics(values, torch.full((4, 1), temperature))
+    for row in range(4):
+        figures.write(row, target)
+        assert float(target.double().exp().sum()) == pytest.approx(1, abs=MASS_SLACK / 5)
