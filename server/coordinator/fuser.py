@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from server.coordinator.bounds import Bounds, Rule, bound
 from server.coordinator.clock import Phase, TickClock, timed
 from server.coordinator.coefficients import Evidence, coefficients, plausibility, space
 from server.coordinator.compiled import compiled
-from server.coordinator.fusion import CandidateTable, fuse_whole, tabulate
+from server.coordinator.fusion import CandidateTable, Room, fuse_whole, tabulate
 from server.coordinator.gate_runner import GateOutput, GateRunner
 from server.coordinator.policy_book import PolicyBook
 from server.coordinator.table import SequenceTable
@@ -83,16 +84,39 @@ class Fused:
 
 @dataclass(frozen=True, slots=True)
 class WholeRow:
-    """The fused distribution of one sequence."""
-
-    scores: Float32
-    """[V]: not normalised; -inf for what cannot be sampled."""
-
-    log_normaliser: float
-    """log of the sum of exp(score): the scores less this are log-probabilities."""
+    """What the experts that were asked say of one sequence, over the whole vocabulary, and how it is fused."""
 
     experts: dict[int, Float32]
-    """expert -> its log-probabilities [V], for those that were asked; to be used before the next are asked for."""
+    """expert -> its log-probabilities [V]; to be used before the next are asked for."""
+
+    weights: dict[int, float]
+    """expert -> its coefficient, of those that count."""
+
+    prob_space: bool
+    """As in `Rule`."""
+
+    leader: int
+    """As in `Rule`."""
+
+    plausibility: float
+    """As in `Rule`."""
+
+    @classmethod
+    def of(cls, rule: Rule, row: int, experts: dict[int, Float32]) -> Self:
+        """The `row` of `rule`, as `experts` show it."""
+        coefficients = rule.coefficients[row]
+        weights = {expert: float(coefficients[expert]) for expert in experts if coefficients[expert]}
+        space, leader, plausibility = rule.prob_space[row], rule.leader[row], rule.plausibility[row]
+        return cls(experts, weights, bool(space), int(leader), float(plausibility))
+
+    def fuse(self, room: Room) -> Float32:
+        """Scores [V] in `room`, not normalised; -inf for what cannot be sampled."""
+        rows = [self.experts[expert] for expert in self.weights]
+        scores = fuse_whole(rows, list(self.weights.values()), prob_space=self.prob_space, room=room)
+        if self.leader >= 0:
+            leader = self.experts[self.leader]
+            scores[leader < leader.max() + np.float32(self.plausibility)] = -np.inf
+        return scores
 
 
 class Fuser:
@@ -164,7 +188,7 @@ class Fuser:
 
     @timed(Phase.LOOK_UP)
     def whole_rows(self, fused: Fused, rows: Int64, recorded: Bool) -> dict[int, WholeRow]:
-        """Row -> its distribution over the whole vocabulary, for `rows` of `fused`, all asked for in one round; those
+        """Row -> what the experts that count say of it whole, for `rows` of `fused`, all asked for in one round; those
         for which an expert did not answer are left out. `recorded` bool[B]: experts that do not count are asked too."""
         needed = fused.available & ((fused.rule.coefficients != 0) | recorded[:, None])
         asked = {expert: rows[needed[rows, expert]] for expert in range(len(self._experts))}
@@ -175,23 +199,10 @@ class Fuser:
             for row, logprobs in zip(asked[expert].tolist(), answer, strict=True):
                 said[row][expert] = logprobs
         return {
-            row: _whole_row(fused.rule, row, experts)
+            row: WholeRow.of(fused.rule, row, experts)
             for row, experts in said.items()
             if len(experts) == needed[row].sum()
         }
-
-
-def _whole_row(rule: Rule, row: int, experts: dict[int, Float32]) -> WholeRow:
-    """The fusion of whole rows [V] of the `experts` that count, and perhaps of others."""
-    weights = {expert: float(rule.coefficients[row, expert]) for expert in experts if rule.coefficients[row, expert]}
-    scores = fuse_whole(
-        [experts[expert] for expert in weights], list(weights.values()), prob_space=bool(rule.prob_space[row])
-    )
-    if (leader := int(rule.leader[row])) >= 0:
-        scores[experts[leader] < experts[leader].max() + rule.plausibility[row]] = -np.inf
-    best = float(scores.max())
-    total = float(np.exp(scores - np.float32(best)).sum(dtype=np.float64)) if best > -np.inf else 1.0
-    return WholeRow(scores, best + float(np.log(total)), experts)
 
 
 @compiled

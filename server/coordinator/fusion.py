@@ -8,7 +8,8 @@ its list is never renormalised, since that would inflate each expert's kept mass
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -80,34 +81,74 @@ def tabulate(
     return CandidateTable(unique, values, listed, columns)
 
 
-def fuse_whole(logprobs: list[Float32], coefficients: list[float], *, prob_space: bool) -> Float32:
-    """Scores float32[V], not normalised, from whole rows [V], one for each expert whose coefficient is not 0.
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Memory for the fusion of one whole row after another: what is allocated anew is paged in anew."""
+
+    scores: Float32
+    """[V]."""
+
+    sum: Float32
+    """[V]."""
+
+    scratch: Float32
+    """[V]."""
+
+    @classmethod
+    def of(cls, vocabulary: int) -> Self:
+        """Room for rows of that many tokens."""
+        return cls(*np.empty((3, vocabulary), np.float32))
+
+
+def fuse_whole(logprobs: list[Float32], coefficients: list[float], *, prob_space: bool, room: Room) -> Float32:
+    """Scores float32[V], not normalised, in `room`, from whole rows [V], one for each expert whose coefficient is not
+    0.
 
         logprob space:  sum_i c_i log p_i; -inf where one of these experts holds the token for impossible
         prob space:     log sum_i c_i p_i
 
     A gate learns through the same definition in torch, `gate.fuse`.
     """
-    if prob_space:
-        return _mixture(logprobs, coefficients)
-    scores = np.zeros_like(logprobs[0])
-    impossible = np.zeros(0, bool)
-    for row, coefficient in zip(logprobs, coefficients, strict=True):
-        if row.min() == -np.inf:
-            gone = np.isneginf(row)
-            impossible = gone | impossible if impossible.size else gone
-            row = np.where(gone, np.float32(0), row)
-        scores += np.float32(coefficient) * row
-    if impossible.size:
-        scores[impossible] = -np.inf
+    return (_mixture if prob_space else _product)(logprobs, coefficients, room)
+
+
+def _product(logprobs: list[Float32], coefficients: list[float], room: Room) -> Float32:
+    """sum_i c_i log p_i."""
+    scores, scratch = room.scores, room.scratch
+    impossible: list[Bool] = []
+    scores[:] = 0
+    with np.errstate(invalid="ignore"):
+        for row, coefficient in zip(logprobs, coefficients, strict=True):
+            if row.min() == -np.inf:
+                impossible.append(np.isneginf(row))
+            np.multiply(row, np.float32(coefficient), out=scratch)
+            np.add(scores, scratch, out=scores)
+    for gone in impossible:
+        scores[gone] = -np.inf
     return scores
 
 
-def _mixture(logprobs: list[Float32], coefficients: list[float]) -> Float32:
-    """log sum_i c_i p_i float32[V]; each token's largest p_i is taken out of the sum, which else underflows."""
-    peak = np.maximum(np.maximum.reduce(logprobs), np.float32(-1e30))
-    total = np.zeros_like(peak)
+def _mixture(logprobs: list[Float32], coefficients: list[float], room: Room) -> Float32:
+    """log sum_i c_i p_i; each token's largest p_i is taken out of the sum, which else underflows."""
+    scores, total, scratch = room.scores, room.sum, room.scratch
+    scores[:], total[:] = -1e30, 0
+    for row in logprobs:
+        np.maximum(scores, row, out=scores)
     for row, coefficient in zip(logprobs, coefficients, strict=True):
-        total += np.float32(coefficient) * np.exp(row - peak)
+        np.subtract(row, scores, out=scratch)
+        np.exp(scratch, out=scratch)
+        np.multiply(scratch, np.float32(coefficient), out=scratch)
+        np.add(total, scratch, out=total)
     with np.errstate(divide="ignore"):
-        return np.asarray(peak + np.log(total), np.float32)
+        np.log(total, out=total)
+    return np.add(scores, total, out=scores)
+
+
+def log_sum(scores: Float32, scratch: Float32) -> float:
+    """log sum exp of `scores` [V], -inf if nothing is possible; `scratch` [V] is overwritten."""
+    best = scores.max()
+    if best == -np.inf:
+        return -np.inf
+    np.subtract(scores, best, out=scratch)
+    np.exp(scratch, out=scratch)
+    return float(best) + float(np.log(scratch.sum(dtype=np.float64)))

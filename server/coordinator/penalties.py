@@ -64,6 +64,15 @@ class PenaltyTable:
         presence, frequency, repetition = self._parameters[rows].T
         return having, Penalties(presence, frequency, repetition, counts, seen)
 
+    def of(self, slot: int) -> Penalties | None:
+        """Those of one sequence [1], over the whole vocabulary; None if it has none."""
+        if (row := int(self._row[slot])) < 0:
+            return None
+        rows = slice(row, row + 1)
+        counts = self._output_counts[rows]
+        presence, frequency, repetition = self._parameters[rows].T
+        return Penalties(presence, frequency, repetition, counts, (counts > 0) | self._in_prompt[rows])
+
     def _grow(self) -> None:
         old = len(self._parameters)
         new = max(4, old)

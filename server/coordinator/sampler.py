@@ -13,10 +13,10 @@ import numpy as np
 from server.coordinator.arrays import Bool, Float32, Float64, Int32, Int64
 from server.coordinator.bounds import reportable
 from server.coordinator.fuser import Fused, WholeRow, hopeless
+from server.coordinator.fusion import Room, log_sum
 from server.coordinator.sampling import (
     Choice,
     Penalties,
-    RowChoice,
     Scores,
     choose,
     choose_whole,
@@ -74,8 +74,11 @@ class Sampled:
     draft: Draft
     """What they were sampled from."""
 
-    whole: dict[int, Float32]
-    """Row -> log-probabilities [V] of the fused distribution, of rows that had to be known whole."""
+    whole: list[int]
+    """Rows that had to be known whole."""
+
+    logprobs: dict[int, Float32]
+    """Row -> log-probabilities [V] of the fused distribution, of those of them who asked for more than the token."""
 
     tokens: Int32
     """[B]: the tokens."""
@@ -102,15 +105,15 @@ class Sampled:
     def bounds(self) -> Float64:
         """[B]: how far the log of each row's normaliser may be from the middle of what the lists allow, in nats."""
         known = ~self.lost
-        known[list(self.whole)] = False
+        known[self.whole] = False
         found = np.zeros(len(known))
         np.subtract(self.fused.bounds.log_high, self.fused.bounds.log_low, out=found, where=known)
         return np.asarray(found[np.isfinite(found)] / 2)
 
     def details(self, row: int, count: int) -> TokenDetails:
         """A token's log-probability and rank, the `count` best alternatives, and the coefficients."""
-        if row in self.whole:
-            logprobs, ids, at = self.whole[row].astype(np.float64), None, int(self.tokens[row])
+        if row in self.logprobs:
+            logprobs, ids, at = self.logprobs[row].astype(np.float64), None, int(self.tokens[row])
         else:
             logprobs, ids, at = _middle(self.fused, row), self.fused.table.ids[row], int(self.draft.columns[row])
         best = _largest(logprobs, count)
@@ -144,20 +147,28 @@ def settle(table: SequenceTable, draft: Draft, whole: dict[int, WholeRow]) -> Sa
     fused, slots = draft.fused, draft.fused.slots
     tokens = np.maximum(fused.table.ids[np.arange(len(slots)), draft.columns], 0)
     lost = draft.lost.copy()
+    logprobs: dict[int, Float32] = {}
+    records: dict[int, _RowRecord] = {}
+    room = Room.of(table.vocabulary if whole else 0)
     for row, known in whole.items():
-        tokens[row] = _sample_whole(table, draft, row, known)
-        lost[row] = known.log_normaliser == -np.inf
+        settled = _settle_row(table, draft, row, known, room)
+        tokens[row], lost[row] = settled.token, settled.lost
+        if settled.logprobs is not None:
+            logprobs[row] = settled.logprobs
+        if settled.record is not None:
+            records[row] = settled.record
     sequences = table.sequence[slots]
     first = np.flatnonzero(table.lengths.generated[slots] == 0)
     return Sampled(
         draft=draft,
-        whole={row: known.scores - np.float32(known.log_normaliser) for row, known in whole.items() if not lost[row]},
+        whole=[row for row in whole if not lost[row]],
+        logprobs=logprobs,
         tokens=tokens,
         lost=lost,
         sequences=sequences,
         detailed=[(row, max(int(table.top_logprobs[slots[row]]), 0)) for row in _rows(table.detailed[slots] & ~lost)],
         cached={int(sequences[row]): table.cached_tokens(slots[row]) for row in first},
-        record=_record(table, draft, whole, tokens, lost),
+        record=_record(table, draft, records, np.flatnonzero(draft.recorded & ~lost)),
     )
 
 
@@ -260,31 +271,80 @@ def _powers(table: SequenceTable, slots: Int64) -> Float64:
 # --- from whole rows ---
 
 
-def _sample_whole(table: SequenceTable, draft: Draft, row: int, whole: WholeRow) -> int:
-    """The token of a row that is known whole, or the one that it has."""
-    if draft.columns[row] >= 0:
-        return int(draft.fused.table.ids[row, draft.columns[row]])
-    slots, choice = draft.fused.slots[row : row + 1], draft.choice
-    begun = RowChoice(draft.fused.table.ids[row], choice.sure[row], float(choice.shift[row]), float(choice.excess[row]))
-    number = float(_numbers(table, slots, again=True)[0])
-    return choose_whole(_adjusted_whole(table, slots, whole), table.rules.of(slots).row(0), begun, number)
+@dataclass(frozen=True, slots=True)
+class _RowRecord:
+    """What is recorded of a row that is known whole."""
+
+    token_logprobs: Float32
+    """[E]: as in `Recorded`."""
+
+    log_normaliser: float
+    """As in `Recorded`."""
 
 
-def _adjusted_whole(table: SequenceTable, slots: Int64, whole: WholeRow) -> Float32:
-    """The scores [V] of one of `slots` after bias, min_tokens and penalties."""
-    scores, slot, exact = whole.scores.copy(), int(slots[0]), table.exact
+@dataclass(frozen=True, slots=True)
+class _Settled:
+    """What comes of a row that is known whole."""
+
+    token: int
+    """The token."""
+
+    lost: bool = False
+    """There was none to sample."""
+
+    logprobs: Float32 | None = None
+    """[V]: of the fused distribution, where more than the token is asked for."""
+
+    record: _RowRecord | None = None
+    """Where it is asked for."""
+
+
+def _settle_row(table: SequenceTable, draft: Draft, row: int, whole: WholeRow, room: Room) -> _Settled:
+    """The token of a row that is known whole, or the one that it has; and what else is asked for."""
+    slots = draft.fused.slots[row : row + 1]
+    scores = whole.fuse(room)
+    if scores.max() == -np.inf:
+        return _Settled(0, lost=True)
+    slot, column, logprobs, record = int(slots[0]), int(draft.columns[row]), None, None
+    penalties = table.penalties_of(slot)
+    log_normaliser = 0.0
+    if table.detailed[slot] or penalties is not None:
+        log_normaliser = log_sum(scores, room.scratch)
+    if table.detailed[slot]:
+        logprobs = scores - np.float32(log_normaliser)
+    power = _powers(table, slots)[0]
+    normaliser = log_sum(scores * np.float32(power), room.scratch) if draft.recorded[row] else 0.0
+    if column >= 0:
+        token = int(draft.fused.table.ids[row, column])
+    else:
+        _adjust_whole(table, slots, scores, penalties, log_normaliser)
+        choice = draft.choice.row(row, draft.fused.table.ids[row])
+        number = float(_numbers(table, slots, again=True)[0])
+        token = choose_whole(scores, table.rules.of(slots).row(0), choice, number, room.scratch)
+    if draft.recorded[row]:
+        token_logprobs = np.full(draft.fused.available.shape[1], -np.inf, np.float32)
+        for expert, values in whole.experts.items():
+            token_logprobs[expert] = values[token]
+        record = _RowRecord(token_logprobs, normaliser)
+    return _Settled(token, logprobs=logprobs, record=record)
+
+
+def _adjust_whole(
+    table: SequenceTable, slots: Int64, scores: Float32, penalties: Penalties | None, log_normaliser: float
+) -> None:
+    """Apply bias, min_tokens and penalties, in place, to the scores [V] of one of `slots`."""
+    slot, exact = int(slots[0]), table.exact
     ids = exact.ids[slot]
     scores[ids[ids >= 0]] += exact.bias[slot][ids >= 0]
     if _early(table, slots)[0]:
-        held = scores.copy()
-        held[ids[exact.is_stop[slot]]] = -np.inf
-        scores = held if held.max() > -np.inf else scores
-    everything = np.arange(len(scores), dtype=np.int32)[None]
-    if (found := table.penalties(slots, everything)) is not None:
-        penalties = found[1]
-        changed = normalised(scores[None], penalties, np.array([[whole.log_normaliser]]))
-        scores = np.where(penalties.seen, changed, scores[None])[0].astype(np.float32)
-    return scores
+        stops = ids[exact.is_stop[slot]]
+        values = scores[stops]
+        scores[stops] = -np.inf
+        if scores.max() == -np.inf:
+            scores[stops] = values
+    if penalties is not None:
+        changed = normalised(scores[None], penalties, np.array([[log_normaliser]]))
+        np.copyto(scores, changed[0], where=penalties.seen[0], casting="same_kind")
 
 
 def _largest(logprobs: Float64, count: int) -> Int64:
@@ -299,35 +359,23 @@ def _largest(logprobs: Float64, count: int) -> Int64:
 # --- records ---
 
 
-def _record(
-    table: SequenceTable, draft: Draft, whole: dict[int, WholeRow], tokens: Int32, lost: Bool
-) -> Recorded | None:
-    """What the experts showed for the sequences that asked; those that get no token are left out."""
+def _record(table: SequenceTable, draft: Draft, records: dict[int, _RowRecord], rows: Int64) -> Recorded | None:
+    """What the experts showed for the `rows` that asked; `records`: of those that are known whole."""
     if not draft.recorded.any():
         return None
-    fused, rows = draft.fused, np.flatnonzero(draft.recorded & ~lost)
+    fused = draft.fused
     token_logprobs = fused.table.logprobs[rows, :, draft.columns[rows]]
-    powers = _powers(table, fused.slots)
-    low, high = fused.bounds.log_normalisers(fused.rule, powers)
+    low, high = fused.bounds.log_normalisers(fused.rule, _powers(table, fused.slots))
     with np.errstate(invalid="ignore"):
-        normaliser = (low + high) / 2
+        normaliser = ((low + high) / 2)[rows]
     for index, row in enumerate(rows.tolist()):
-        if (known := whole.get(row)) is not None:
-            token_logprobs[index] = -np.inf
-            for expert, logprobs in known.experts.items():
-                token_logprobs[index, expert] = logprobs[tokens[row]]
-            normaliser[row] = _log_sum(known.scores * np.float32(powers[row]))
+        if (known := records.get(row)) is not None:
+            token_logprobs[index], normaliser[index] = known.token_logprobs, known.log_normaliser
     return Recorded(
         table.sequence[fused.slots[rows]].tolist(),
         fused.ids[rows, :, : fused.read].tobytes(),
         fused.logprobs[rows, :, : fused.read].tobytes(),
         table.rows.projected[fused.slots[rows]].tobytes(),
         token_logprobs=token_logprobs.astype(np.float32).tobytes(),
-        log_normaliser=normaliser[rows].astype(np.float32).tobytes(),
+        log_normaliser=normaliser.astype(np.float32).tobytes(),
     )
-
-
-def _log_sum(values: Float32) -> float:
-    """log sum exp of `values` [V]."""
-    best = values.max()
-    return float(best) + float(np.log(np.exp(values - best).sum(dtype=np.float64)))

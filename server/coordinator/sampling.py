@@ -166,6 +166,10 @@ class Choice(NamedTuple):
     excess: Float64
     """[B]: how far beyond the sum of `sure` the random number went; +inf where nothing is sure."""
 
+    def row(self, row: int, ids: Int32) -> RowChoice:
+        """That of one row, whose candidates are `ids` [U]."""
+        return RowChoice(ids, self.sure[row], float(self.shift[row]), float(self.excess[row]))
+
     def only(self, rows: Bool) -> Choice:
         """Those of the `rows` bool[B]."""
         return Choice(self.columns[rows], self.sure[rows], self.shift[rows], self.excess[rows])
@@ -219,32 +223,40 @@ def choose(ids: Int32, scores: Scores, bounds: Bounds, rule: Rule, rules: Rules,
     return Choice(columns, sure, shift, excess)
 
 
-def choose_whole(scores: Float32, rules: SamplingRule, choice: RowChoice, number: float) -> int:
+def choose_whole(scores: Float32, rules: SamplingRule, choice: RowChoice, number: float, scratch: Float32) -> int:
     """The token of a row for which `choose` gave no column, from its adjusted scores [V], not normalised: it goes on
-    from there. `number` in [0, 1): one more random number of the row's position."""
+    from there. `number` in [0, 1): one more random number of the row's position. `scratch` [V] is overwritten."""
     best = int(scores.argmax())
     if rules.temperature <= 0 or scores[best] == -np.inf:
         return best
     power = np.float32(1 / rules.temperature)
     begun = np.isfinite(choice.excess)
     with np.errstate(over="ignore"):  # to -inf: no weight
-        weights = np.exp(power * scores - np.float32(choice.shift) if begun else power * (scores - scores[best]))
+        if begun:
+            weights = np.multiply(scores, power, out=scratch)
+            np.subtract(weights, np.float32(choice.shift), out=weights)
+        else:
+            weights = np.subtract(scores, scores[best], out=scratch)
+            np.multiply(weights, power, out=weights)
+    np.exp(weights, out=weights)
     truncate_whole(weights, Cut(rules.top_p, rules.top_k, rules.min_p))
-    if begun:
-        token = _reach(_unsure_part(weights, choice.ids, choice.sure), choice.excess)
-        if token >= 0:
-            return token
+    if begun and (token := _reach_unsure(weights, choice)) >= 0:
+        return token
     token = _reach(weights, number * float(weights.sum(dtype=np.float64)))
     return token if token >= 0 else int(np.flatnonzero(weights)[-1])
 
 
-def _unsure_part(weights: Float32, ids: Int32, sure: Float64) -> Float32:
-    """float32[V]: what the weights [V] are beyond those that were `sure` [U] to be of the candidates `ids` [U]."""
-    rest = weights.copy()
-    known = np.flatnonzero(sure > 0)
-    beyond = rest[ids[known]] - sure[known]
-    rest[ids[known]] = np.where(beyond > _ROUNDING * sure[known], beyond, 0)
-    return rest
+def _reach_unsure(weights: Float32, choice: RowChoice) -> int:
+    """The token that `choice.excess` falls on among what the weights [V] are beyond those that were sure; -1 if it is
+    beyond that too."""
+    known = np.flatnonzero(choice.sure > 0)
+    ids, sure = choice.ids[known], choice.sure[known]
+    there = weights[ids]
+    beyond = there - sure
+    weights[ids] = np.where(beyond > _ROUNDING * sure, beyond, 0)
+    token = _reach(weights, choice.excess)
+    weights[ids] = there
+    return token
 
 
 @compiled

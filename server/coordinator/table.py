@@ -39,6 +39,9 @@ class ExactIds(NamedTuple):
 class SequenceTable:
     """State of at most `slots` running sequences over `experts` experts."""
 
+    vocabulary: int
+    """V."""
+
     requests: dict[int, SequenceRequest]
     """slot -> what runs in it."""
 
@@ -109,7 +112,7 @@ class SequenceTable:
     """[S, E]: prompt tokens that the engine found in its prefix cache, -1 while it is not known."""
 
     def __init__(self, slots: int, experts: int, top_k: int, projected: int, state: int, vocabulary: int) -> None:
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         self._free = list(range(slots - 1, -1, -1))
         self._tokens = np.zeros((slots, 64), np.int32)
         self._penalties = PenaltyTable(slots, vocabulary)
@@ -255,6 +258,10 @@ class SequenceTable:
         """(which of the rows have penalties, theirs), None if none has. `candidates` int32[B, U]."""
         return self._penalties.look_up(slots, candidates)
 
+    def penalties_of(self, slot: int) -> Penalties | None:
+        """Those of one sequence over the whole vocabulary, None if it has none."""
+        return self._penalties.of(slot)
+
     def kv_tokens(self, expert: int, block_size: int) -> int:
         """KV-cache tokens, in whole blocks, that the running sequences hold or will hold in one engine."""
         needing = self.active & self.expected[:, expert]
@@ -278,7 +285,7 @@ class SequenceTable:
         self.seeds[slot] = sampling.seed
         rules.temperature[slot] = max(sampling.temperature, SMALLEST) if sampling.temperature > 0 else 0
         rules.top_p[slot] = max(sampling.top_p, SMALLEST)
-        rules.top_k[slot], rules.min_p[slot] = min(sampling.top_k, self._vocabulary), sampling.min_p
+        rules.top_k[slot], rules.min_p[slot] = min(sampling.top_k, self.vocabulary), sampling.min_p
 
     def _set_exact(self, slot: int, request: SequenceRequest) -> None:
         bias = request.sampling.logit_bias

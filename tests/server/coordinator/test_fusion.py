@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, logsumexp
 
-from server.coordinator.fusion import fuse_whole, tabulate
+from server.coordinator.fusion import Room, fuse_whole, log_sum, tabulate
 from tests.support.coordinator.lists import (
     EXPERTS,
     ROWS,
@@ -94,7 +94,9 @@ def probabilities(*experts: list[float]) -> list[np.ndarray]:
 
 
 def fuse(rows: list[np.ndarray], coefficients, *, prob_space: bool) -> np.ndarray:
-    scores = fuse_whole(rows, [float(each) for each in coefficients], prob_space=prob_space)
+    room = Room.of(len(rows[0]))
+    room.scores[:] = room.sum[:] = room.scratch[:] = np.nan  # what was there before does not matter
+    scores = fuse_whole(rows, [float(each) for each in coefficients], prob_space=prob_space, room=room)
     assert scores.dtype == np.float32 and scores.shape == rows[0].shape
     return scores
 
@@ -163,3 +165,9 @@ def test_a_mixture_of_probabilities_too_small_for_float32_is_not_impossible():
     expected = logsumexp(np.array(rows, np.float64)[:, :3], axis=0, b=weights[:, None])
     np.testing.assert_allclose(fused[:3], expected, rtol=1e-5)
     assert np.isneginf(fused[3])
+
+
+def test_the_log_of_a_sum():
+    scores = distributions(3)[0, 0].astype(np.float32) + np.float32(5)
+    assert log_sum(scores, np.empty_like(scores)) == pytest.approx(5.0, abs=1e-5)
+    assert log_sum(np.full(4, -np.inf, np.float32), np.empty(4, np.float32)) == -np.inf

@@ -11,7 +11,7 @@ from scipy import stats
 from scipy.special import log_softmax, logsumexp
 
 from server.coordinator.bounds import Rule, bound
-from server.coordinator.fusion import CandidateTable, fuse_whole, tabulate
+from server.coordinator.fusion import CandidateTable, Room, fuse_whole, tabulate
 from server.coordinator.sampling import (
     Choice,
     RowChoice,
@@ -47,7 +47,9 @@ class Row:
 
     def scores(self) -> np.ndarray:
         """float32[V]: those of the whole row, with the bias."""
-        scores = fuse_whole(list(self.full), self.coefficients.tolist(), prob_space=self.prob_space)
+        scores = fuse_whole(
+            list(self.full), self.coefficients.tolist(), prob_space=self.prob_space, room=Room.of(self.full.shape[1])
+        )
         for token, bias in self.bias.items():
             scores[token] += np.float32(bias)
         return scores
@@ -93,8 +95,16 @@ class Row:
         needed, scores = np.flatnonzero(choice.columns < 0), self.scores()
         for row in needed.tolist():
             begun = RowChoice(table.ids[row], choice.sure[row], float(choice.shift[row]), float(choice.excess[row]))
-            tokens[row] = choose_whole(scores, rule, begun, float(others[row]))
+            tokens[row] = from_whole(scores, rule, begun, float(others[row]))
         return tokens, len(needed)
+
+
+def from_whole(scores: np.ndarray, rule: SamplingRule, begun: RowChoice, number: float) -> int:
+    """`choose_whole`, which leaves the scores as they are."""
+    kept = scores.copy()
+    token = choose_whole(scores, rule, begun, number, np.empty_like(scores))
+    np.testing.assert_array_equal(scores, kept)
+    return token
 
 
 def row(seed: int, prob_space: bool, listed: int = 4, scale: float = 1.0, total: float = 1.0) -> Row:
@@ -236,20 +246,20 @@ NOT_BEGUN = RowChoice(np.array([-1], np.int32), np.zeros(1), 0.0, np.inf)
 def test_a_whole_row_alone_is_sampled_by_its_law(rule):
     each = row(9, False)
     scores = each.scores()
-    tokens = np.array([choose_whole(scores, rule, NOT_BEGUN, number) for number in streams(9, 8000)[0]])
+    tokens = np.array([from_whole(scores, rule, NOT_BEGUN, number) for number in streams(9, 8000)[0]])
     assert_follows(tokens, each.law(rule))
 
 
 def test_a_whole_row_takes_the_best_at_temperature_zero_and_of_equals_the_lowest_id():
     rule = SamplingRule(0.0, 1.0, 0, 0.0)
-    assert choose_whole(np.array([-2, -1, -3, -1], np.float32), rule, NOT_BEGUN, 0.99) == 1
+    assert from_whole(np.array([-2, -1, -3, -1], np.float32), rule, NOT_BEGUN, 0.99) == 1
 
 
 @pytest.mark.parametrize("number", [0.0, 0.5, 1 - 2**-53])
 def test_a_whole_row_never_gives_an_impossible_token(number):
     scores = np.array([-np.inf, -1.0, -np.inf, -1.0, -np.inf], np.float32)
     for rule in (SamplingRule(1.0, 1.0, 0, 0.0), SamplingRule(1.0, 0.4, 0, 0.0)):
-        assert choose_whole(scores, rule, NOT_BEGUN, number) in (1, 3)
+        assert from_whole(scores, rule, NOT_BEGUN, number) in (1, 3)
 
 
 def test_a_whole_row_goes_on_where_the_lists_left_off():
@@ -258,7 +268,7 @@ def test_a_whole_row_goes_on_where_the_lists_left_off():
     rule, ids, sure = SamplingRule(1.0, 1.0, 0, 0.0), np.array([1, 0, -1], np.int32), np.array([0.5, 0.1, 0.0])
 
     def token(excess: float, number: float) -> int:
-        return choose_whole(scores, rule, RowChoice(ids, sure, 0.0, excess), number)
+        return from_whole(scores, rule, RowChoice(ids, sure, 0.0, excess), number)
 
     assert [token(excess, 0.9) for excess in (0.0, 0.19, 0.21, 0.39)] == [0, 0, 2, 2]
     assert [token(0.41, number) for number in (0.0, 0.29, 0.31, 0.79, 0.81)] == [0, 0, 1, 1, 2]
