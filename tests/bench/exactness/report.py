@@ -50,17 +50,20 @@ TITLES = {"smollm2": "SmolLM2-135M", "random": "Random weights, the vocabulary o
 def _introduction(found: Results) -> str:
     violations = sum(line.unasked.violations + line.asked.violations + line.shown.violations for line in found.lines)
     checked = sum(3 * found.recordings[line.recording]["positions"] for line in found.lines)
+    over = f"{violations:,} were" if violations else "none was"
     return f"""# How exact the fused distribution is
 
-The server's own coordinator and workers, over distributions that transformers computed in float32 along open-ended text
-(25 prompts, 20 tokens each, sampled at temperature 1 from the uniform fusion). The reference is fusion over the whole
-vocabulary in float64. Errors and bounds are in nats.
+The server's own coordinator and workers, over distributions that transformers computed in float32 along sampled text:
+25 prompts, of SmolLM2 open-ended questions, with 20 tokens each, at temperature 1 from the uniform fusion. The
+reference is fusion over the whole vocabulary in float64. Errors and bounds are in nats, tolerance 0.001.
 
 "Before" is what lists of 32 gave, normalised over what they held: the error of every log-probability. "Lists alone" is
-what a sequence gets that wants no log-probabilities: its tokens are sampled exactly all the same, and what the error is
-of are its log-probabilities in a record. "With log-probabilities" whole rows are asked for where the bound is above the
-tolerance. Each error stands beside the bound that the coordinator computed for it; of {checked:,} errors {violations}
-were above their bound by more than rounding explains ({ROUNDING:g} nats)."""
+what a sequence gets that wants no log-probabilities. Its tokens are sampled exactly all the same; the error is that of
+its log-probabilities in a record, at the temperature that it samples at. "With log-probabilities" whole rows are asked
+for where the bound is above the tolerance. Clients are shown log-probabilities at temperature 1.
+
+Each error stands beside the bound that the coordinator computed for it. Of {checked:,} errors {over} above its bound by
+more than rounding explains ({ROUNDING:g} nats)."""
 
 
 def _errors(lines: Iterable[Line]) -> str:
