@@ -18,7 +18,7 @@ import msgspec
 import yaml
 
 from server.errors import ConfigError
-from server.policy import Contrastive, Gate, Policy, Single, Uniform, Weights, expert_names, needs_gate
+from server.policy import Contrastive, Gate, Policy, Single, Uniform, Weights, expert_names, needs_gate, range_problem
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 Name = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
@@ -320,6 +320,8 @@ def policy_problem(policy: Policy, experts: list[str], *, has_gate: bool) -> str
         return f"no expert is named {unknown[0]!r} (there are {', '.join(experts)})"
     if needs_gate(policy) and not has_gate:
         return "needs a gate, and none is configured"
+    if problem := range_problem(policy):
+        return problem
     if isinstance(policy, Weights):
         if not any(policy.weights.values()):
             return "weights: at least one must not be 0"

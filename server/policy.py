@@ -15,6 +15,9 @@ import msgspec
 
 Space = Literal["logprob", "prob"]
 
+MAX_COEFFICIENT = 1000.0
+"""Of what a policy names, either way: float32 still tells the tokens apart."""
+
 
 class _Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="rule"):
     """Base: a frozen, hashable value tagged with its `rule`."""
@@ -97,7 +100,7 @@ class FusionRoute(_Policy, frozen=True, tag="fusionroute"):
 class Perplexity(_Policy, frozen=True, tag="perplexity"):
     """w = softmax(-prompt cross-entropy / tau), fixed for the request (PackLLM, arXiv 2404.11531)."""
 
-    tau: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    tau: Annotated[float, msgspec.Meta(ge=1e-6)] = 1.0
     """Temperature of the softmax: the smaller, the more the expert that knows the prompt best is followed."""
     space: Space = "logprob"
     """Whether log-probabilities are combined, or probabilities."""
@@ -120,6 +123,19 @@ def expert_names(policy: Policy) -> list[str]:
         case FusionRoute(router=router):
             return [router]
     return []
+
+
+def range_problem(policy: Policy) -> str | None:
+    """Why the coefficients that `policy` names cannot be computed with, or None."""
+    named: list[float] = []
+    match policy:
+        case Weights(weights=weights):
+            named = list(weights.values())
+        case Contrastive(mu=number) | Proxy(alpha=number):
+            named = [number]
+    if all(abs(number) <= MAX_COEFFICIENT for number in named):
+        return None
+    return f"coefficients must be from {-MAX_COEFFICIENT:g} to {MAX_COEFFICIENT:g}"
 
 
 def participants(policy: Policy, experts: Sequence[str]) -> list[int]:

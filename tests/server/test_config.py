@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,14 @@ def test_wrong_types_and_ranges_name_the_place(data, where):
         ({"policies": {"uniform": {}, "one": {"rule": "single", "expert": "c"}}}, "policies.one: no expert is named"),
         ({"policies": {"uniform": {}, "gate": {}}}, "policies.gate: needs a gate"),
         ({"policies": {"uniform": {}, "pick": {"rule": "select", "by": "gate"}}}, "policies.pick: needs a gate"),
+        (
+            {"policies": {"uniform": {}, "w": {"rule": "weights", "weights": {"a": 1e300, "b": 1}}}},
+            "policies.w: coefficients must be from -1000 to 1000",
+        ),
+        (
+            {"policies": {"uniform": {}, "c": {"rule": "contrastive", "expert": "a", "amateur": "b", "mu": math.nan}}},
+            "policies.c: coefficients must be from -1000 to 1000",
+        ),
         (
             {"policies": {"uniform": {}, "w": {"rule": "weights", "weights": {"a": 0, "b": 0}}}},
             "at least one must not be 0",
