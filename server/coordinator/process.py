@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from gate.contract import vocabulary_hash
+from server.allocation import keep_freed_memory
 from server.config import Config
 from server.coordinator.arrays import Float32, Int32
 from server.coordinator.coordinator import Coordinator
@@ -61,6 +62,7 @@ def run(config: Config, directory: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
+    keep_freed_memory()
     CoordinatorProcess(config, directory).run()
 
 

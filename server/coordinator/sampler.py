@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from server.coordinator.arrays import Bool, Float32, Float64, Int32, Int64
 from server.coordinator.bounds import reportable
@@ -112,8 +113,10 @@ class Sampled:
 
     def details(self, row: int, count: int) -> TokenDetails:
         """A token's log-probability and rank, the `count` best alternatives, and the coefficients."""
+        logprobs: Float32 | Float64
+        ids: Int32 | None
         if row in self.logprobs:
-            logprobs, ids, at = self.logprobs[row].astype(np.float64), None, int(self.tokens[row])
+            logprobs, ids, at = self.logprobs[row], None, int(self.tokens[row])
         else:
             logprobs, ids, at = _middle(self.fused, row), self.fused.table.ids[row], int(self.draft.columns[row])
         best = _largest(logprobs, count)
@@ -347,13 +350,10 @@ def _adjust_whole(
         np.copyto(scores, changed[0], where=penalties.seen[0], casting="same_kind")
 
 
-def _largest(logprobs: Float64, count: int) -> Int64:
-    """Where the `count` largest of `logprobs` [V] stand, best first."""
-    if count <= 0:
-        return np.zeros(0, np.int64)
-    best = np.argpartition(logprobs, -min(count, len(logprobs)))[-count:]
-    best.sort()
-    return np.asarray(best[np.argsort(-logprobs[best], kind="stable")])
+def _largest(logprobs: Float64 | Float32, count: int) -> Int64:
+    """Where the `count` largest of `logprobs` [V] stand, best first, of equals the first."""
+    values, places = torch.topk(torch.from_numpy(logprobs), min(count, len(logprobs)))
+    return np.asarray(places.numpy()[np.lexsort((places.numpy(), -values.numpy()))])
 
 
 # --- records ---

@@ -7,6 +7,7 @@ import os
 import warnings
 from pathlib import Path
 
+from server.allocation import keep_freed_memory
 from server.config import ExpertConfig
 from server.placement import Placement
 
@@ -17,6 +18,7 @@ def settle(expert: ExpertConfig, place: Placement, directory: Path) -> None:
         os.sched_setaffinity(0, place.cpus)
         # An engine that wakes must not push the coordinator off this core before it has woken the other engines too.
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    keep_freed_memory()
     os.environ.update(environment(expert, place))
     os.environ["TMPDIR"] = str(directory)  # vLLM's files go when the directory goes, even if this process is killed
     os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # its lines are to look like ours
