@@ -1,7 +1,7 @@
 """A real model with a real vocabulary, served by three engines, against transformers: every policy, over 49,152 tokens.
 
-Needs the models of `deploy/smollm2`, in the folder that the environment variable POLYLOGIT_SMOLLM2 names, and twenty
-minutes. `python -m tests.bench.tokens` does the same and writes the counts down.
+Needs the models of `deploy/smollm2`, in the folder that the environment variable POLYLOGIT_SMOLLM2 names, and half an
+hour. `python -m tests.bench.tokens` does the same and writes the counts down.
 """
 
 from __future__ import annotations
