@@ -209,9 +209,10 @@ class ExpertLinks:
         """expert -> slots int32[B] in, expert -> log-probabilities float32[B, V] out, all in one round. They may be
         overwritten by the next one.
 
-        All engines are at their rendezvous or idle, so each answers at once. Experts that do not are left out, and
-        silent from now on.
+        All engines are at their rendezvous or idle, so each answers at once. Experts that have not within `time_limit`
+        seconds, or answer something else, are left out, and silent from now on.
         """
+        deadline = time.perf_counter() + time_limit
         self._questions += 1
         wanted = {expert: slots for expert, slots in wanted.items() if self.links[expert].up}
         for expert, slots in wanted.items():
@@ -220,21 +221,26 @@ class ExpertLinks:
             self.links[expert].send(GetRows(self._questions, slots.tobytes(), path))
         found = {}
         for expert, slots in wanted.items():
-            answer = self._await(expert, WholeRows, time_limit)
+            answer = self._await(expert, WholeRows, deadline - time.perf_counter())
             while answer is not None and answer.number != self._questions:
-                answer = self._await(expert, WholeRows, time_limit)
-            if answer is None:
+                answer = self._await(expert, WholeRows, deadline - time.perf_counter())
+            rows = None if answer is None else self._rows_of(expert, answer, len(slots))
+            if rows is None:
                 self.links[expert].silent = True
             else:
-                found[expert] = self._rows_of(expert, answer, len(slots))
+                found[expert] = rows
         return found
 
-    def _rows_of(self, expert: int, answer: WholeRows, rows: int) -> Float32:
-        """float32[rows, V] of an answer."""
-        memory = self.links[expert].row_memory(self._sequences)
-        if answer.logprobs is None and memory is not None:
-            return memory.rows[:rows]
-        return np.frombuffer(answer.logprobs or b"", np.float32).reshape(rows, -1)
+    def _rows_of(self, expert: int, answer: WholeRows, rows: int) -> Float32 | None:
+        """float32[rows, V] of an answer, None if it does not hold them."""
+        link = self.links[expert]
+        if answer.logprobs is None:
+            memory = link.row_memory(self._sequences)
+            return None if memory is None else memory.rows[:rows]
+        vocabulary = 0 if link.info is None else link.info.vocab_size
+        if len(answer.logprobs) != 4 * rows * vocabulary:
+            return None
+        return np.frombuffer(answer.logprobs, np.float32).reshape(rows, vocabulary)
 
     def bare(self, experts: list[int], request: Bare, time_limit: float) -> dict[int, list[float]]:
         """Run `request` in several engines at the same time: expert -> seconds of each step."""

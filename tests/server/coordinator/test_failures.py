@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from server.coordinator.links import ExpertLink
+from server.expert.worker import Worker
 from server.policy import Contrastive, Product, Single, Uniform
 from server.request import FinishReason
+from server.wire.expert import GetRows, WholeRows
 from server.wire.supervisor import ExpertDown
 from tests.support.coordinator.alone import HALF, along, assert_alone, assert_details, generate, shares
 from tests.support.coordinator.harness import Deployment
@@ -65,6 +68,31 @@ def test_no_token_is_fused_without_the_whole_row_that_a_dying_expert_was_asked_f
         assert [(order.expert, order.message) for order in deployment.restarts] == [
             (1, "no answer when asked for rows")
         ]
+
+
+@pytest.mark.parametrize("answer", [None, b"", b"\0" * 12])
+def test_an_expert_that_answers_with_other_than_the_rows_is_replaced(tmp_path, rng, models, monkeypatch, answer):
+    """As one on another host may; none of it is taken for rows."""
+    right, wrong = Worker._answer, []
+
+    def answer_once(worker: Worker, question: GetRows) -> None:
+        if worker._expert == 1 and not wrong:
+            wrong.append(question)
+            worker._channel.send(WholeRows(question.number, answer))
+        else:
+            right(worker, question)
+
+    monkeypatch.setattr(Worker, "_answer", answer_once)
+    monkeypatch.setattr(ExpertLink, "row_memory", lambda link, slots: None)
+    with Deployment(tmp_path, [FakeEngine(model) for model in models], list_length=4) as deployment:
+        one = request(rng, top_logprobs=1, temperature=0.0)
+        deployment.submit(one)
+        deployment.until(lambda: bool(deployment.restarts))
+        deployment.kill(1)
+        deployment.start(1, FakeEngine(models[1]))
+        deployment.finish(one)
+        assert_alone(deployment, [one], [generate(one, models, HALF)])
+        assert [order.message for order in deployment.restarts] == ["no answer when asked for rows"]
 
 
 def test_a_lost_expert_holds_nothing(tmp_path, rng, models):
